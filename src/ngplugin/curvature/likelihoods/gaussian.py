@@ -1,0 +1,44 @@
+"""The Gaussian with one variance for all terms: squared-error losses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
+
+
+class Gaussian(Likelihood):
+    """y = η + noise, with η the mean `[terms]`, scored at unit variance.
+
+    The variance σ² is the family's dispersion. It does not enter the Fisher matrix of an objective
+    Σ w ½(η - y)², only what a nat is: the same objective is Σ (w σ²) · ½(η - y)²/σ², so with the
+    variance σ² there are σ² Σ w terms' worth of weight, and KL = ½(Δη)²/σ² a term.
+    """
+
+    def sampled_score(self, generator: torch.Generator) -> Tensor:
+        """η - y with y ~ N(η, 1): a standard normal draw."""
+        return torch.empty_like(self.natural).normal_(generator=generator)
+
+    def propagated_score(self, generator: torch.Generator) -> Tensor:
+        """ε: the Fisher information of the mean is 1."""
+        return random_signs(self.natural, generator)
+
+    def kl(self, other: Likelihood) -> Tensor:
+        """½ (η - η')² at unit variance."""
+        return 0.5 * (self.natural - other.natural).square()
+
+    def nll(self, target: Tensor) -> Tensor:
+        """½ (η - y)² at unit variance."""
+        return 0.5 * (self.natural - target).square()
+
+    def dispersion(
+        self, target: Tensor, weight: Tensor, noise_variance: float | Literal["auto"]
+    ) -> Tensor:
+        """σ². `"auto"`: the weighted mean squared error, under which the data are likeliest."""
+        if noise_variance != "auto":
+            return self.natural.new_tensor(noise_variance)
+        squared = (self.natural - target).square()
+        return (weight * squared).sum() / weight.sum()

@@ -1,0 +1,69 @@
+"""The interface of a predictive distribution p(y | η), one independent term a row."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+class Likelihood(ABC):
+    """p(y | η) of every term, in natural parameters η.
+
+    For an exponential family in its natural parameters the Fisher information of a term,
+    H = E_y[s sᵀ] with s = -∇_η log p(y | η), equals the Hessian of -log p(y | η) for every y, so
+    the Fisher matrix of a model is its generalized Gauss-Newton matrix (Martens 2014,
+    arXiv:1412.1193, §9).
+
+    Args:
+        natural: η, `[terms, ...]`, float32 or wider.
+    """
+
+    def __init__(self, natural: Tensor) -> None:
+        self.natural = natural
+
+    @abstractmethod
+    def sampled_score(self, generator: torch.Generator) -> Tensor:
+        """Draw y from the model's own prediction: s = -∇_η log p(y | η), the shape of η."""
+
+    @abstractmethod
+    def propagated_score(self, generator: torch.Generator) -> Tensor:
+        """Draw s = H^½ ε with independent signs ε = ±1, the shape of η.
+
+        Mean and covariance are those of a sampled score, 0 and H, but no rare label decides its
+        size: where a prediction is nearly certain, a sampled label almost never shows the little
+        Fisher information that is left (curvature propagation: Martens, Sutskever & Swersky 2012,
+        arXiv:1206.6464).
+        """
+
+    @abstractmethod
+    def kl(self, other: Likelihood) -> Tensor:
+        """KL(self ‖ other) of every term, nats, `[terms]`."""
+
+    @abstractmethod
+    def nll(self, target: Tensor) -> Tensor:
+        """-log p(target | η) of every term, less its smallest value over η; nats, `[terms]`.
+
+        So it is the divergence of the prediction from the data, KL(data ‖ p), and 0 where the
+        prediction can get no better; twice it is the deviance.
+        """
+
+    def dispersion(
+        self, target: Tensor, weight: Tensor, noise_variance: float | Literal["auto"]
+    ) -> Tensor:
+        """The variance of y in units of the unit-dispersion family; a scalar, 1 if there is none.
+
+        Args:
+            target: what was observed.
+            weight: of each term, `[terms]`.
+            noise_variance: the variance where the family has one, `"auto"` to estimate it.
+        """
+        return torch.ones((), dtype=self.natural.dtype, device=self.natural.device)
+
+
+def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent +1 or -1 with probability one half each, in the shape of `like`."""
+    bits = torch.randint(2, like.shape, generator=generator, device=like.device)
+    return bits.to(like.dtype).mul_(2).sub_(1)
