@@ -1,0 +1,1 @@
+"""The Fisher information of a model's own predictions; torch only."""

@@ -1,0 +1,50 @@
+"""What an observed objective weighs, in its own units and in nats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ngplugin.curvature.observe import ScoredLoss
+
+
+@dataclass(frozen=True)
+class ObjectiveWeight:
+    """Sums over the terms of all scored losses of a step.
+
+    Attributes:
+        total: Σw. F/Σw does not depend on how the loss was scaled.
+        nats: Σ w σ², with σ² each likelihood's dispersion: what a sum of KLs at unit dispersion is
+            divided by to be in nats per term.
+        squares: Σw².
+        nll: KL(data ‖ p_θ), nats per term.
+    """
+
+    total: float
+    nats: float
+    squares: float
+    nll: float
+
+    @staticmethod
+    def of(
+        scored: Sequence[ScoredLoss], noise_variance: float | Literal["auto"]
+    ) -> ObjectiveWeight | None:
+        """Add up; None if the losses weigh nothing or are not finite."""
+        if not scored:
+            return None
+        weights = torch.stack([loss.weights.sum() for loss in scored])
+        dispersions = torch.stack([loss.dispersion(noise_variance) for loss in scored])
+        squares = torch.stack([loss.weights.square().sum() for loss in scored])
+        nlls = torch.stack([loss.nll() for loss in scored])
+        total, nats, square, nll = torch.stack(
+            [weights.sum(), weights @ dispersions, squares.sum(), nlls.sum()]
+        ).tolist()  # the one transfer to the host
+        if not (total > 0 and math.isfinite(nats) and math.isfinite(nll)):
+            return None
+        # Squared error that is exactly zero has no estimated variance and no step either.
+        nats = max(nats, torch.finfo(torch.float32).tiny)
+        return ObjectiveWeight(total, nats, square, nll / nats)

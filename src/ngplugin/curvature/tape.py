@@ -1,0 +1,287 @@
+"""The torch calls that led from the parameters to a prediction, and how to run them once more.
+
+Measuring the KL divergence of a step needs the prediction on the same batch under the new
+parameters. Calling the user's code again would repeat its side effects: metrics, logs, hidden
+state, random numbers. So the calls themselves are recorded while the user's code runs, and only
+those that carry a parameter's value to the prediction are run again.
+
+What a replay holds fixed: the inputs, every value that does not depend on a parameter, the random
+numbers (the generator's state is kept for each call that consumed any), the autocast setting, and
+Python's control flow. What it never touches: buffers (a call that changed one, such as batch
+normalization, gets a copy of it), gradients, and the global random state.
+
+A tape keeps no activation alive: tensors made during the recording are known by weak reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Slot(int):
+    """Stands in a recorded call's arguments for a tensor that an earlier call made."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[..., Any]
+    args: tuple[Any, ...]  # tensors made by earlier calls are slots
+    kwargs: dict[str, Any]
+    outputs: tuple[_Slot | None, ...]  # one for each tensor of the result, in order
+    copies: frozenset[int]  # ids of constants that the call changes behind its result
+    random: tuple[Tensor, ...] | None  # generator states before a call that consumed randomness
+    autocast: torch.dtype | None  # None: autocast was off
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A prediction's place on the tape: after which call, and which tensors."""
+
+    position: int
+    tensors: tuple[Any, ...]  # slots, or the tensors themselves where no call made them
+
+
+def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to each leaf of nested tuples, lists and dicts, keeping their types."""
+    if isinstance(tree, tuple):
+        items = [map_tensors(function, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [map_tensors(function, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    return function(tree)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Each tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+
+
+def _changes_first_argument(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes into its first argument: `add_`, `x[i] = y`, `inplace=True`."""
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name == "__setitem__"
+        or kwargs.get("inplace") is True
+    )
+
+
+class Tape:
+    """Records calls as they happen (`run`), and runs them again (`replay`).
+
+    Args:
+        parameters: the tensors whose later values a replay must see. They are read at replay
+            time, so changing them in place and replaying gives the changed model's prediction.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = {id(p): p for p in parameters}
+        self._device = parameters[0].device if parameters else torch.device("cpu")
+        self._calls: list[_Call] = []
+        self._slots: Any = WeakTensorKeyDictionary()  # tensor -> _Slot
+        self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
+        self._alias: list[int] = []  # slot -> the first slot of those that share its memory
+        self._originals: dict[_Slot, Tensor] = {}  # constants as they were before being written to
+        self.obstacle: str | None = None  # why this tape cannot be replayed
+
+    def run(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Call `function(*args, **kwargs)`, record it if a parameter's value enters it."""
+        inputs = [*tensors_in(args), *tensors_in(kwargs)]
+        if not any(id(t) in self._parameters or t in self._slots for t in inputs):
+            result = function(*args, **kwargs)
+            for tensor in tensors_in(result):
+                if tensor.grad_fn is not None:
+                    self._constants[tensor] = True
+            return result
+
+        name = getattr(function, "__name__", "")
+        self._check_origin(inputs, name)
+        if _changes_first_argument(name, kwargs) or "out" in kwargs:
+            self._keep_original(next(tensors_in([kwargs.get("out"), args])), name)
+        random = self._random_state()
+        constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
+        versions = [t._version for t in constants]
+        recorded_args = map_tensors(self._slot_of, args)
+        recorded_kwargs = map_tensors(self._slot_of, kwargs)
+
+        result = function(*args, **kwargs)
+
+        outputs = tuple(self._new_slot(t) for t in tensors_in(result))
+        if not outputs and name != "__setitem__":
+            return result  # a shape, a number: nothing to replay
+        consumed = any(
+            not torch.equal(a, b) for a, b in zip(random, self._random_state(), strict=True)
+        )
+        changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
+        if any(id(t) in self._parameters for t in changed):
+            self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
+        autocast = torch.is_autocast_enabled(self._device.type)
+        self._calls.append(
+            _Call(
+                function,
+                recorded_args,
+                recorded_kwargs,
+                outputs,
+                frozenset(id(t) for t in changed),
+                random if consumed else None,
+                torch.get_autocast_dtype(self._device.type) if autocast else None,
+            )
+        )
+        return result
+
+    def mark(self, tensors: Sequence[Tensor]) -> Mark:
+        """Remember `tensors`, as they are now, as something a replay shall return."""
+        self._check_origin(tensors, "the loss")
+        return Mark(len(self._calls), tuple(self._slot_of(t) for t in tensors))
+
+    def replay(self, marks: Sequence[Mark]) -> list[tuple[Tensor, ...]]:
+        """Run the recorded calls with the parameters' present values.
+
+        Args:
+            marks: what to return, in the order in which they were marked.
+
+        Returns:
+            For each mark its tensors, detached, as they were when they were marked.
+
+        Raises:
+            RuntimeError: the tape has an `obstacle`.
+        """
+        if self.obstacle:
+            raise RuntimeError(f"the prediction cannot be computed again: {self.obstacle}")
+        calls = self._needed_calls(marks)
+        last_use: dict[int, int] = {}
+        for i, call in calls:
+            for slot in self._slots_in((call.args, call.kwargs, call.outputs)):
+                last_use[slot] = i
+        for mark in marks:
+            for slot in self._slots_in(mark.tensors):
+                last_use[slot] = max(mark.position, last_use.get(slot, 0))
+        differentiates = any(call.function is torch.autograd.grad for _, call in calls)
+        values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        waiting = list(marks)
+        results: list[tuple[Tensor, ...]] = []
+        before = self._random_state()
+        try:
+            with torch.set_grad_enabled(differentiates):
+                for i, call in calls:
+                    while waiting and waiting[0].position <= i:
+                        results.append(self._marked(waiting.pop(0), values))
+                    self._rerun(call, values)
+                    for slot in self._slots_in((call.args, call.kwargs, call.outputs)):
+                        if last_use[slot] <= i:
+                            values.pop(slot, None)
+                results += [self._marked(mark, values) for mark in waiting]
+        finally:
+            self._set_random_state(before)
+        return results
+
+    # -- recording -------------------------------------------------------------------------
+
+    def _slot_of(self, leaf: Any) -> Any:
+        return self._slots.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf
+
+    def _new_slot(self, tensor: Tensor) -> _Slot | None:
+        if id(tensor) in self._parameters:
+            return None
+        if tensor in self._slots:  # changed in place: it keeps its slot
+            return self._slots[tensor]  # type: ignore[no-any-return]
+        slot = _Slot(len(self._alias))
+        base = tensor._base if tensor._is_view() else None
+        shared = self._slots.get(base) if base is not None else None
+        self._alias.append(self._alias[shared] if shared is not None else int(slot))
+        self._slots[tensor] = slot
+        return slot
+
+    def _keep_original(self, target: Tensor, name: str) -> None:
+        if target in self._slots or id(target) in self._parameters:
+            return
+        original = target.detach().clone()
+        slot = self._new_slot(target)
+        if slot is not None:
+            self._originals[slot] = original
+
+    def _check_origin(self, tensors: Sequence[Tensor], name: str) -> None:
+        for t in tensors:
+            known = t in self._slots or t in self._constants or id(t) in self._parameters
+            if t.grad_fn is not None and not known:
+                self.obstacle = (
+                    f"a tensor of shape {tuple(t.shape)} that enters `{name}` was made by no torch "
+                    "function that can be observed (a custom autograd.Function, a scripted module, "
+                    "or a graph from before this step)"
+                )
+
+    def _random_state(self) -> tuple[Tensor, ...]:
+        cpu = torch.get_rng_state()
+        if self._device.type in ("cuda", "xpu"):
+            return cpu, getattr(torch, self._device.type).get_rng_state(self._device)
+        return (cpu,)
+
+    def _set_random_state(self, states: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            getattr(torch, self._device.type).set_rng_state(states[1], self._device)
+
+    # -- replaying -------------------------------------------------------------------------
+
+    @staticmethod
+    def _slots_in(tree: Any) -> list[_Slot]:
+        found: list[_Slot] = []
+        map_tensors(lambda leaf: found.append(leaf) if type(leaf) is _Slot else None, tree)
+        return found
+
+    def _needed_calls(self, marks: Sequence[Mark]) -> list[tuple[int, _Call]]:
+        """The calls on whose results a marked tensor depends, with their places, in order."""
+        needed: set[int] = set()  # memory, named by its first slot
+        chosen: list[tuple[int, _Call]] = []
+        pending = sorted(marks, key=lambda mark: mark.position)
+        for i in range(len(self._calls) - 1, -1, -1):
+            while pending and pending[-1].position > i:
+                needed.update(self._alias[s] for s in self._slots_in(pending.pop().tensors))
+            call = self._calls[i]
+            touched = [s for s in call.outputs if s is not None]
+            if not touched:  # x[i] = y returns nothing, it writes into x
+                touched = self._slots_in(call.args[:1])
+            if any(self._alias[s] in needed for s in touched):
+                needed.update(self._alias[s] for s in self._slots_in((call.args, call.kwargs)))
+                chosen.append((i, call))
+        return chosen[::-1]
+
+    def _rerun(self, call: _Call, values: dict[int, Tensor]) -> None:
+        def value_of(leaf: Any) -> Any:
+            if type(leaf) is _Slot:
+                return values[leaf]
+            return leaf.clone() if id(leaf) in call.copies else leaf
+
+        if call.random is not None:
+            self._set_random_state(call.random)
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if call.autocast is not None:
+            autocast = torch.autocast(self._device.type, dtype=call.autocast)
+        with autocast:
+            result = call.function(
+                *map_tensors(value_of, call.args), **map_tensors(value_of, call.kwargs)
+            )
+        for slot, tensor in zip(call.outputs, tensors_in(result), strict=False):
+            if slot is not None:
+                values[slot] = tensor
+
+    @staticmethod
+    def _marked(mark: Mark, values: dict[int, Tensor]) -> tuple[Tensor, ...]:
+        # Cloned, since a later call may write into a prediction.
+        return tuple((values[t] if type(t) is _Slot else t).detach().clone() for t in mark.tensors)
