@@ -1,0 +1,9 @@
+"""How a piece of the Fisher matrix is kept, damped and inverted: one file a structure."""
+
+from ngplugin.curvature.blocks.block import Block as Block
+from ngplugin.curvature.blocks.block import BlockDamping as BlockDamping
+from ngplugin.curvature.blocks.block import DampingMode as DampingMode
+from ngplugin.curvature.blocks.diagonal import DiagonalBlock as DiagonalBlock
+from ngplugin.curvature.blocks.kronecker import KroneckerBlock as KroneckerBlock
+
+__all__ = ["Block", "BlockDamping", "DampingMode", "DiagonalBlock", "KroneckerBlock"]

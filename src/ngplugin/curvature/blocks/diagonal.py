@@ -1,0 +1,123 @@
+"""The diagonal block: one Fisher entry an element, for parameters that no known map uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.average import RunningAverage
+from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
+
+
+class DiagonalBlock(Block):
+    """diag(F)/Σw of one parameter.
+
+    With independent scores of mean zero, the gradient g of their weighted sum has covariance F, so
+    g² is an unbiased estimate of diag(F): no per-example gradients are needed.
+
+    Args:
+        parameter: the parameter.
+        empirical: the scores will be gradients of the data's own labels, so that this is the
+            empirical Fisher; it only changes the block's name.
+    """
+
+    kind = "diagonal"
+
+    def __init__(self, parameter: Tensor, empirical: bool = False) -> None:
+        self.parameters = (parameter,)
+        self.empirical = empirical
+        if empirical:
+            self.kind = "empirical diagonal"
+        self._dtype = curvature_dtype(parameter)
+        self._added: Tensor | None = None
+        self._average = RunningAverage()
+        self._fisher: Tensor | None = None  # as of the last refresh
+        self._damping: Tensor | None = None  # a scalar
+
+    def add_gradient_score(self, score: Tensor, share: float) -> None:
+        """Add `share` of g², with g = d(Σ √w s)/d(parameter)."""
+        squared = score.to(self._dtype).square().mul_(share)
+        self._added = squared if self._added is None else self._added.add_(squared)
+
+    def discard(self) -> None:
+        """Forget what was added and not folded."""
+        self._added = None
+
+    def fold(self, total_weight: float, decay: float) -> bool:
+        """Fold g²/Σw into the average."""
+        added, self._added = self._added, None
+        if added is None:
+            return True
+        added = added / total_weight
+        if not finite(added):
+            return False
+        self._average.update(added, decay)
+        return True
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an average to refresh from."""
+        return bool(self._average)
+
+    @property
+    def inverted(self) -> bool:
+        """Whether there was a refresh."""
+        return self._fisher is not None
+
+    def mean_eigenvalue(self) -> Tensor:
+        """The mean of the diagonal."""
+        return self._average.value.mean()
+
+    def refresh(self, damping: BlockDamping) -> bool:
+        """Take over the average, with λ·max(mean(diag F), floor) or λ as damping."""
+        self._fisher = self._average.value
+        unit = self._fisher.new_ones(())
+        if damping.mode == "relative":
+            unit = self._fisher.mean().clamp_min(damping.floor)
+        self._damping = damping.value * unit
+        return True
+
+    def precondition(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """g / (diag F + λ)."""
+        (g,) = gradients
+        assert self._fisher is not None
+        assert self._damping is not None
+        denominator = self._fisher + self._damping
+        # A parameter that the prediction does not depend on (0/0) does not move.
+        direction = torch.where(denominator > 0, g.to(self._dtype) / denominator, 0.0)
+        return [direction.to(g.dtype)]
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """diag(F) v."""
+        return [self._average.value * vectors[0].to(self._dtype)]
+
+    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Smallest and largest element, without and with damping."""
+        assert self._fisher is not None
+        assert self._damping is not None
+        low, high = self._fisher.min(), self._fisher.max()
+        return low, high, low + self._damping, high + self._damping
+
+    def numel(self) -> int:
+        """Average and diagonal."""
+        return 2 * self.parameters[0].numel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The average, and the diagonal and damping as of the last refresh."""
+        return {
+            "kind": self.kind,
+            "empirical": self.empirical,
+            "average": self._average.state_dict(),
+            "fisher": self._fisher,
+            "damping": self._damping,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        like = self.parameters[0]
+        self._average.load_state_dict(state["average"], like)
+        self._fisher = None if state["fisher"] is None else state["fisher"].to(like.device)
+        self._damping = None if state["damping"] is None else state["damping"].to(like.device)

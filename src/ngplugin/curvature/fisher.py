@@ -1,0 +1,250 @@
+"""The Fisher matrix of a model: which block each parameter has, and when blocks are refreshed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.blocks import Block, BlockDamping, DiagonalBlock, KroneckerBlock
+from ngplugin.curvature.blocks.block import curvature_dtype
+from ngplugin.curvature.taps import MapCall
+
+
+def refresh_due(step: int, every: int) -> bool:
+    """Whether the inverses are due: at steps 0, 1, 2, 4, 8, ... and then every `every` steps.
+
+    The first averages rest on few batches and change fast; an inverse kept from the first batch
+    can ruin a run.
+    """
+    return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Largest over smallest eigenvalue of the block-diagonal matrix, over all blocks."""
+
+    undamped: float
+    damped: float
+
+
+class Fisher:
+    """A block-diagonal Fisher matrix, built up from scores; all in units of F/Σw.
+
+    The weight of each linear map that is known gets a Kronecker block, every other parameter a
+    diagonal one.
+
+    Args:
+        diagonal: give all parameters diagonal blocks.
+
+    Attributes:
+        parameters: those to be covered now, in the optimizer's order; may change between steps.
+    """
+
+    def __init__(self, diagonal: bool = False) -> None:
+        self.parameters: list[Tensor] = []
+        self._diagonal = diagonal
+        self._block_of: dict[int, Block] = {}  # id of the parameter
+        self._reason: dict[int, str] = {}
+
+    # -- taking scores in (the observer's side) ----------------------------------------------
+
+    def assign(self, calls: Sequence[MapCall]) -> None:
+        """Give the weight of each map a block, when it is first seen.
+
+        A bias joins its weight's block if it is added by no other weight; otherwise, and where a
+        weight's calls disagree about it, it gets a diagonal block of its own.
+        """
+        if self._diagonal:
+            return
+        followed = {id(p) for p in self.parameters}
+        added_by: dict[int, set[int]] = {}
+        for call in calls:
+            if call.bias is not None:
+                added_by.setdefault(id(call.bias), set()).add(id(call.weight))
+        for call in calls:
+            if id(call.weight) in self._block_of:
+                continue
+            bias = call.bias
+            joins = (
+                bias is not None
+                and bias.requires_grad
+                and id(bias) in followed
+                and id(bias) not in self._block_of
+                and len(added_by[id(bias)]) == 1
+            )
+            block = KroneckerBlock(call.weight, bias if joins else None, call.groups)
+            self._settle(block, f"weight of {call.kind}")
+            if joins:
+                self._reason[id(bias)] = f"bias of {call.kind}, an input of value 1"
+
+    def unmapped(self) -> list[Tensor]:
+        """The parameters that no Kronecker block holds."""
+        return [
+            p for p in self.parameters if not isinstance(self._block_of.get(id(p)), KroneckerBlock)
+        ]
+
+    def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
+        """Take d(score)/d(output of a map), counting `share` of a draw."""
+        block = self._block_of.get(id(call.weight))
+        if isinstance(block, KroneckerBlock):
+            block.add_map_score(call, score, share)
+
+    def add_gradient_score(self, parameter: Tensor, score: Tensor, share: float) -> None:
+        """Take d(score)/d(parameter), counting `share` of a draw."""
+        block = self._block_of.get(id(parameter))
+        if block is None:
+            block = DiagonalBlock(parameter)
+            self._settle(block, "used by no linear map that is known")
+        assert isinstance(block, DiagonalBlock)
+        block.add_gradient_score(score, share)
+
+    def discard(self) -> None:
+        """Forget what was added and not folded."""
+        for block in self.blocks:
+            block.discard()
+
+    # -- averaging and inverting -------------------------------------------------------------
+
+    def fold(self, total_weight: float, decay: float) -> int:
+        """Fold what was added into the averages; returns how many statistics were not finite."""
+        return sum(not block.fold(total_weight, decay) for block in self.blocks)
+
+    def fold_empirical(self, parameters: Sequence[Tensor], scale: float, decay: float) -> None:
+        """Fold in gradients of the data's own labels, for parameters that no score has reached.
+
+        Such a parameter is trained by something else than a recognised loss. Its block is named
+        *empirical*.
+
+        Args:
+            parameters: those with a gradient.
+            scale: what g² is to be divided by to estimate diag(F)/Σw.
+            decay: β.
+        """
+        for p in parameters:
+            block = self._block_of.get(id(p))
+            if block is None or not block.ready:
+                block = DiagonalBlock(p, empirical=True)
+                self._settle(block, "reached by no recognised loss")
+            if isinstance(block, DiagonalBlock) and block.empirical and p.grad is not None:
+                block.add_gradient_score(p.grad, 1.0)
+                block.fold(scale, decay)
+
+    def refresh(self, damping: BlockDamping, only_new: bool = False) -> int:
+        """Invert the damped averages; returns how many factorizations failed.
+
+        Args:
+            damping: λ and how to apply it; its floor is set here. Parameters that the prediction
+                does not depend on, such as a bias in front of a normalization, have gradients of
+                rounding errors, and a Fisher of their squares: no block's mean eigenvalue counts
+                for less than (100 ε)² of the largest.
+            only_new: leave the blocks alone that have an inverse already.
+        """
+        ready = [block for block in self.blocks if block.ready]
+        due = [block for block in ready if not (only_new and block.inverted)]
+        if not due:
+            return 0
+        largest = float(torch.stack([block.mean_eigenvalue() for block in ready]).max())
+        rounding = 100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
+        floored = replace(damping, floor=rounding**2 * largest)
+        return sum(not block.refresh(floored) for block in due)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Each block once, in the order in which they were found."""
+        return list(dict.fromkeys(self._block_of.values()))
+
+    # -- products ------------------------------------------------------------------------------
+
+    def precondition(self, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+        """(F/Σw + damping)⁻¹ v.
+
+        Args:
+            vectors: id of a parameter to the vector's part for it. Parts of parameters without a
+                block, which no observed prediction depends on yet, are left out of the result.
+        """
+        return self._apply("precondition", vectors)
+
+    def product(self, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+        """F/Σw v with the present averages, undamped; arguments as for `precondition`."""
+        return self._apply("product", vectors)
+
+    def _apply(self, name: str, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
+        result: dict[int, Tensor] = {}
+        for block in self.blocks:
+            present = [id(p) in vectors for p in block.parameters]
+            usable = block.inverted if name == "precondition" else block.ready
+            if not (usable and any(present)):
+                continue
+            parts = [
+                vectors[id(p)] if here else torch.zeros_like(p)
+                for p, here in zip(block.parameters, present, strict=True)
+            ]
+            products = getattr(block, name)(parts)
+            for p, here, part in zip(block.parameters, present, products, strict=True):
+                if here:
+                    result[id(p)] = part
+        return result
+
+    # -- looking at it -------------------------------------------------------------------------
+
+    def condition(self) -> Condition | None:
+        """Condition numbers as of the last refresh; None before it.
+
+        Computes the eigenvalues of every factor. Eigenvalues that rounding cannot tell from zero
+        count as the smallest that it can, so a singular matrix shows as about 1/ε of its precision.
+        """
+        ready = [block for block in self.blocks if block.inverted]
+        if not ready:
+            return None
+        columns = zip(*(block.extreme_eigenvalues() for block in ready), strict=True)
+        low, high, damped_low, damped_high = (torch.stack([*c]).cpu().double() for c in columns)
+        epsilon = torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
+        undamped = high.max() / low.min().clamp_min(epsilon * high.max())
+        return Condition(float(undamped), float(damped_high.max() / damped_low.min()))
+
+    def reason(self, parameter: Tensor) -> str:
+        """Why the parameter has the block it has."""
+        return self._reason.get(id(parameter), "no observed loss depends on it yet")
+
+    def block(self, parameter: Tensor) -> Block | None:
+        """The block that holds the parameter, None before one was found for it."""
+        return self._block_of.get(id(parameter))
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """One entry a block; parameters are named by their place in `parameters`."""
+        place = {id(p): i for i, p in enumerate(self.parameters)}
+        return [
+            {
+                "parameters": [place[id(p)] for p in block.parameters],
+                "reasons": [self.reason(p) for p in block.parameters],
+                **block.state_dict(),
+            }
+            for block in self.blocks
+        ]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Take over a saved matrix, whatever blocks were there before."""
+        self._block_of.clear()
+        for saved in state:
+            parameters = [self.parameters[i] for i in saved["parameters"]]
+            block: Block
+            if saved["kind"] == KroneckerBlock.kind:
+                bias = parameters[1] if len(parameters) > 1 else None
+                block = KroneckerBlock(parameters[0], bias, saved["groups"])
+            else:
+                block = DiagonalBlock(parameters[0], saved["empirical"])
+            block.load_state_dict(saved)
+            for p, reason in zip(parameters, saved["reasons"], strict=True):
+                self._block_of[id(p)] = block
+                self._reason[id(p)] = reason
+
+    def _settle(self, block: Block, reason: str) -> None:
+        for p in block.parameters:
+            self._block_of[id(p)] = block
+            self._reason[id(p)] = reason
