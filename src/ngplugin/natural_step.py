@@ -1,0 +1,388 @@
+"""One natural-gradient step: curvature, direction, length, report, in this order."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.blocks import BlockDamping
+from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
+from ngplugin.curvature.objective import ObjectiveWeight
+from ngplugin.curvature.observe import Observation, Observer, why_no_fisher
+from ngplugin.damping import as_schedule, damping_at
+from ngplugin.errors import StepOrderError
+from ngplugin.kl_measurement import KlMeasurement
+from ngplugin.momentum import GradientMomentum
+from ngplugin.options import Options
+from ngplugin.report import StepReport
+from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
+
+_FIRST_STEPS = 10  # whose statistics are all taken and whose KL is all measured
+_MOST_SHRINKS = 4
+
+
+@dataclass(frozen=True)
+class StepGroup:
+    """Parameters that share their settings in one step.
+
+    Attributes:
+        parameters: those without a gradient stay where they are.
+        lr: the step's upper limit, in units of the natural gradient.
+        decay: the share of θ that a full step takes away.
+        momentum: μ.
+        schedule: the learning rate over its peak.
+    """
+
+    parameters: Sequence[Tensor]
+    lr: float
+    decay: float
+    momentum: float
+    schedule: float
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One parameter's part of a step: θ ← θ - s · lr · direction."""
+
+    parameter: Tensor
+    gradient: Tensor
+    natural_gradient: Tensor
+    direction: Tensor  # the natural gradient, and the weight decay's part
+    lr: float
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A full step's quadratic model and the vectors' sizes, on the host."""
+
+    q: float = 0.0  # ½ΔᵀFΔ, nats per term
+    slope: float = 0.0  # -gᵀΔ, in units of the objective
+    gg: float = 0.0  # inner products of the gradient g and the natural gradient d
+    dd: float = 0.0
+    gd: float = 0.0
+
+    def finite(self) -> bool:
+        return all(map(math.isfinite, (self.q, self.slope, self.gg, self.dd, self.gd)))
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """What became of a proposed step: s, and what was measured of it."""
+
+    scale: float
+    kl: float | None = None
+    reduction: float | None = None  # of the scored losses, in units of the objective
+    shrinks: int = 0
+    rejected: bool = False
+
+
+class NaturalGradientStep:
+    """Makes steps, and remembers what the next one needs.
+
+    Args:
+        options: documented at `NaturalGradientOptimizer`.
+
+    Attributes:
+        fisher: the running average of F.
+        steps: how many were made.
+        report: of the last one.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.fisher = Fisher(diagonal=options.structure == "diagonal")
+        self.steps = 0
+        self.report: StepReport | None = None
+        self._damping = as_schedule(options.damping)
+        self._bound: StepBound = NoTrustRegion()
+        if options.kl_radius is not None:
+            self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
+        self._measurement = KlMeasurement()
+        self._momentum = GradientMomentum(options.nesterov)
+        self._generator: torch.Generator | None = None
+        self._weight = ObjectiveWeight(1.0, 1.0, 1.0, 0.0)  # of the last observed step
+        self._condition: Condition | None = None
+        self._condition_step = -1
+        self._observer: Observer | None = None  # while a training step is being watched
+        self._observations: list[Observation] = []  # of the step that is being made up
+        self._last_time = time.perf_counter()
+
+    # -- observing -----------------------------------------------------------------------------
+
+    def observe(self, parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+        """A context for a forward pass; does nothing where nothing is needed from it."""
+        options = self.options
+        needless = options.structure == "identity" and options.kl_radius is None
+        statistics, measure = self._statistics_due(), self._bound.measurement_due(self.steps)
+        if self._observer or needless or not (statistics or measure):
+            return contextlib.nullcontext()
+        return self._watch(parameters, statistics, measure)
+
+    @contextlib.contextmanager
+    def _watch(
+        self, parameters: Sequence[Tensor], statistics: bool, measure: bool
+    ) -> Iterator[None]:
+        self.fisher.parameters = [*parameters]
+        observer = Observer(
+            parameters,
+            self.fisher if statistics else None,
+            measure,
+            self.options.fisher,
+            self.options.draws,
+            self._random(parameters[0].device),
+        )
+        self._observer = observer
+        self._observations.append(observer.observation)
+        try:
+            with observer:
+                yield
+        finally:
+            self._observer = None
+
+    def forget(self) -> None:
+        """Drop what was observed of a step that will not be made."""
+        self._observations.clear()
+        self.fisher.discard()
+
+    def _statistics_due(self) -> bool:
+        first = max(_FIRST_STEPS, self.options.burn_in)
+        return self.steps < first or self.steps % self.options.statistics_every == 0
+
+    def _random(self, device: torch.device) -> torch.Generator:
+        if self._generator is None:
+            self._generator = torch.Generator(device).manual_seed(self.options.seed)
+        return self._generator
+
+    # -- stepping ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, groups: Sequence[StepGroup]) -> None:
+        """Move the parameters along what was observed, and write the report.
+
+        Raises:
+            StepOrderError: no observed loss has ever reached a parameter.
+        """
+        started = time.perf_counter()
+        observations, self._observations = self._observations, []
+        watching: AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._observer:  # a step in the middle of a watched region: what follows is new
+            watching = self._observer.paused()
+            self._observations.append(self._observer.restart())
+        with watching:
+            damping = damping_at(self._damping, self.steps)
+            dropped, failed = self._update_curvature(groups, observations, damping)
+            schedule = max((group.schedule for group in groups), default=1.0)
+            finite = _gradients_are_finite(groups)
+            moves = self._propose(groups) if finite else []
+            model, applied = _Model(), _Applied(0.0)
+            if moves and self.steps >= self.options.burn_in:
+                model = self._model(moves)
+                finite = model.finite()
+                if finite:
+                    applied = self._apply_bounded(moves, model.q, schedule, observations)
+                else:
+                    model = _Model()
+        for observation in observations:
+            observation.maps.clear()  # lets the graph go
+        now = time.perf_counter()
+        spent = now - started + sum(observation.seconds for observation in observations)
+        expected = applied.scale * model.slope - applied.scale**2 * model.q * self._weight.nats
+        norms = math.sqrt(model.gg * model.dd)
+        condition = self._condition
+        self.report = StepReport(
+            step=self.steps,
+            kl=applied.kl,
+            kl_predicted=applied.scale**2 * model.q,
+            kl_radius=self._bound.radius(schedule),
+            step_scale=applied.scale,
+            damping=damping,
+            condition_number=None if condition is None else condition.damped,
+            condition_number_undamped=None if condition is None else condition.undamped,
+            reduction_ratio=(
+                None if applied.reduction is None or expected <= 0 else applied.reduction / expected
+            ),
+            grad_norm=math.sqrt(model.gg),
+            natural_grad_norm=math.sqrt(model.dd),
+            cosine=model.gd / norms if norms > 0 else 0.0,
+            overhead=min(1.0, spent / max(now - self._last_time, 1e-9)),
+            shrinks=applied.shrinks,
+            skipped=int(not finite),
+            rejected=int(applied.rejected),
+            failed_factorizations=failed,
+            dropped_statistics=dropped,
+        )
+        self.steps += 1
+        self._last_time = now
+
+    def _update_curvature(
+        self, groups: Sequence[StepGroup], observations: Sequence[Observation], damping: float
+    ) -> tuple[int, int]:
+        """Fold what was observed into F and invert what is due; returns (dropped, failed)."""
+        options = self.options
+        if options.structure == "identity" and options.kl_radius is None:
+            return 0, 0
+        scored = [loss for observation in observations for loss in observation.scored]
+        weight = ObjectiveWeight.of(scored, options.noise_variance)
+        dropped = int(bool(scored) and weight is None)
+        if weight is not None:
+            self._weight = weight
+            self._bound.see_loss(weight.nll)
+            if self._statistics_due():
+                dropped += self.fisher.fold(weight.total, options.decay)
+                if not dropped:
+                    self._fold_empirical(groups, weight)
+        self.fisher.discard()
+        if not any(block.ready for block in self.fisher.blocks):
+            raise StepOrderError(why_no_fisher(observations))
+        if options.structure == "identity":
+            return dropped, 0
+        due = refresh_due(self.steps, options.refresh_every)
+        rule = BlockDamping(damping, options.damping_mode, options.sampling_damping)
+        failed = self.fisher.refresh(rule, only_new=not due)
+        last = self._condition_step
+        if due and (last < 0 or self.steps - last >= options.spectrum_every):
+            self._condition, self._condition_step = self.fisher.condition(), self.steps
+        return dropped, failed
+
+    def _fold_empirical(self, groups: Sequence[StepGroup], weight: ObjectiveWeight) -> None:
+        """Give parameters that only an unrecognised loss trains the empirical Fisher.
+
+        The batch gradient of Σ w ℓ has the variance Σ w² Var(∇ℓ) if terms are independent; per Σw
+        the empirical Fisher is Σ w ∇ℓ∇ℓᵀ / Σw, for which g² / Σ w² stands in.
+        """
+        parameters = [p for group in groups for p in group.parameters if p.grad is not None]
+        self.fisher.fold_empirical(parameters, weight.squares, self.options.decay)
+
+    def _propose(self, groups: Sequence[StepGroup]) -> list[_Move]:
+        """The step before its length is decided; empty if there is no gradient."""
+        averaged = {
+            id(p): self._momentum.update(p, group.momentum)
+            for group in groups
+            for p in group.parameters
+            if p.grad is not None
+        }
+        natural = averaged
+        if self.options.structure != "identity":
+            # F is kept per Σw, the gradient is that of the whole objective.
+            products = self.fisher.precondition(averaged)
+            natural = {key: d.div_(self._weight.total) for key, d in products.items()}
+        moves = []
+        for group in groups:
+            for p in group.parameters:
+                if id(p) in natural and p.grad is not None and group.lr > 0:
+                    d = natural[id(p)]
+                    u = d.add(p, alpha=group.decay / group.lr) if group.decay else d
+                    moves.append(_Move(p, p.grad, d, u, group.lr))
+        return moves
+
+    def _model(self, moves: Sequence[_Move]) -> _Model:
+        """The quadratic model of the step Δ = -lr · direction at full length."""
+        delta = {id(m.parameter): m.direction * m.lr for m in moves}
+        product = self.fisher.product(delta)
+        slope = _sum(_dot(m.gradient, delta[id(m.parameter)]) for m in moves)
+        curvature = torch.zeros_like(slope)
+        if product:  # the identity without a bound knows no F
+            curvature = _sum(_dot(delta[key], part) for key, part in product.items())
+        numbers = torch.stack(
+            [
+                # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
+                0.5 * curvature * (self._weight.total / self._weight.nats),
+                slope,
+                _sum(_dot(m.gradient, m.gradient) for m in moves),
+                _sum(_dot(m.natural_gradient, m.natural_gradient) for m in moves),
+                _sum(_dot(m.gradient, m.natural_gradient) for m in moves),
+            ]
+        )
+        return _Model(*numbers.tolist())  # the one transfer to the host
+
+    def _apply_bounded(
+        self,
+        moves: Sequence[_Move],
+        q: float,
+        schedule: float,
+        observations: Sequence[Observation],
+    ) -> _Applied:
+        """Move the parameters, as far as the bound allows."""
+        scale, nats = self._bound.scale(q, schedule), self._weight.nats
+        taped = [o for o in observations if o.tape is not None and o.scored]
+        negligible = 1e-3 * self._bound.radius(1.0) * nats
+        if not (taped and self._measurement.possible(taped, negligible)):
+            _move(moves, scale)
+            return _Applied(scale)
+        before = [m.parameter.clone() for m in moves]
+        for shrinks in range(_MOST_SHRINKS + 1):
+            _move(moves, scale)
+            divergence, reduction = self._measurement.measure(taped)
+            kl = divergence / nats
+            factor = self._bound.shrink(kl, schedule)
+            if factor is None:
+                self._bound.calibrate(self.steps, scale**2 * q, kl)
+                return _Applied(scale, kl, reduction, shrinks)
+            for m, old in zip(moves, before, strict=True):
+                m.parameter.copy_(old)
+            scale *= factor
+        return _Applied(0.0, shrinks=_MOST_SHRINKS, rejected=True)
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Plain tensors and numbers, everything that a bit-exact continuation needs."""
+        self.fisher.parameters = [*parameters]
+        weight, condition = self._weight, self._condition
+        return {
+            "steps": self.steps,
+            "shapes": [tuple(p.shape) for p in parameters],
+            "momentum": self._momentum.state_dict(parameters),
+            "fisher": self.fisher.state_dict(),
+            "bound": self._bound.state_dict(),
+            "generator": None if self._generator is None else self._generator.get_state(),
+            "weight": (weight.total, weight.nats, weight.squares, weight.nll),
+            "condition": condition and (condition.undamped, condition.damped),
+            "condition_step": self._condition_step,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> bool:
+        """Take over a saved state; returns False if it belongs to parameters of other shapes."""
+        if [tuple(shape) for shape in state["shapes"]] != [tuple(p.shape) for p in parameters]:
+            return False
+        self.steps = int(state["steps"])
+        self._momentum.load_state_dict(state["momentum"], parameters)
+        self.fisher.parameters = [*parameters]
+        self.fisher.load_state_dict(state["fisher"])
+        self._bound.load_state_dict(state["bound"])
+        if state["generator"] is not None:
+            self._random(parameters[0].device).set_state(state["generator"].cpu())
+        self._weight = ObjectiveWeight(*state["weight"])
+        self._condition = state["condition"] and Condition(*state["condition"])
+        self._condition_step = int(state["condition_step"])
+        return True
+
+
+def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:
+    gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
+    largest = [g.abs().max() for g in gradients if g.numel()]
+    return not largest or math.isfinite(float(torch.stack(largest).max()))
+
+
+def _move(moves: Sequence[_Move], scale: float) -> None:
+    for m in moves:
+        m.parameter.add_(m.direction, alpha=-m.lr * scale)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
+
+
+def _sum(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)

@@ -1,0 +1,383 @@
+"""The natural-gradient optimizer, as torch knows optimizers: groups, options, state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ngplugin.curvature.blocks import DampingMode
+from ngplugin.curvature.observe import FisherKind
+from ngplugin.damping import Damping
+from ngplugin.errors import OptionError
+from ngplugin.natural_step import NaturalGradientStep, StepGroup
+from ngplugin.options import Options, Structure, check_number
+from ngplugin.report import Coverage, CoverageRow, StepReport
+
+_STATE_KEY = "natgrad"  # of our part of a state dict; other optimizers ignore it
+
+
+class NaturalGradientOptimizer(Optimizer):
+    """Steps along the natural gradient, no further than a KL radius.
+
+    A step is
+
+        m ← μ m + g,   d = (F + damping)⁻¹ m,   Δ = -lr (d + weight_decay θ),
+        θ ← θ + s Δ,   s = min(1, √(radius / KL(p_θ ‖ p_θ+Δ)))
+
+    with F a running average of the Fisher information of the model's own predictive distribution.
+    It is seen by observing the forward pass:
+
+        with optimizer.observe():
+            loss = criterion(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    A `closure` given to `step` is observed by itself. Most steps need no observation, and on those
+    `observe()` does nothing.
+
+    Multiplying the loss by a constant, another reduction, or accumulating micro-batches changes
+    neither direction nor KL. With `lr=1`, no momentum and no bound a step is a damped Gauss-Newton
+    step on the objective as written.
+
+    Args:
+        params: parameters, or parameter groups with their own `lr`, `momentum`, `weight_decay`.
+        lr: upper limit of the step, in units of the natural gradient. A learning-rate schedule
+            also scales the KL radius, by the square of lr over its peak.
+        momentum: μ of the gradient's average, in [0, 1), in the convention of `torch.optim.SGD`.
+        nesterov: use g + μ m in place of m.
+        weight_decay: decoupled, per unit of lr.
+        kl_radius: bound on the KL of a step, nats per term; None for no bound. A term is one
+            element of the loss as `reduction="none"` would give it. Where the prediction is
+            nearer to the data than half a nat, the bound is `kl_radius` times twice that KL.
+        measure_every: the most steps between measurements of the KL, each one more forward pass;
+            fewer where the prediction is off, and those of the first ten steps are all measured.
+        damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`.
+        damping_mode: `"relative"`: λ in units of each factor's mean eigenvalue. `"absolute"`: in
+            units of F's eigenvalues, nats per term.
+        sampling_damping: γ, with relative damping: a factor of size d that rests on n rows gets
+            γ d/n more, since the spectrum of an average of few rows is spread too wide.
+        fisher: how scores are drawn from the model's own prediction. `"sampled"`: labels from the
+            predictive distribution. `"propagated"`: random signs through the square root of the
+            output's Fisher information, same mean and covariance with far less noise where the
+            prediction is nearly certain.
+        draws: scores for each loss and observed step.
+        structure: `"auto"`: Kronecker blocks where there is a linear map, else diagonal.
+            `"diagonal"`: diagonal everywhere. `"identity"`: d = m, gradient descent with momentum,
+            whose steps `kl_radius` bounds like any others.
+        decay: β of the running average of F, in [0, 1).
+        statistics_every: steps between statistics of F; the first ten steps give one each.
+        refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
+        burn_in: first steps that only gather statistics and move nothing.
+        noise_variance: σ² of squared-error losses. `"auto"`: the batch's mean squared error. It
+            only decides how large a nat is.
+        spectrum_every: steps between condition numbers; each costs the eigenvalues of every factor.
+        seed: of the private random generator that draws scores.
+
+    Raises:
+        OptionError: an option has a value that cannot work.
+
+    Source: Amari 1998; Martens 2014 (arXiv:1412.1193); Martens & Grosse 2015 (arXiv:1503.05671).
+    Defaults: chosen here, by the runs in `experiments/`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1.0,
+        momentum: float = 0.9,
+        *,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        kl_radius: float | None = 0.03,
+        measure_every: int = 5,
+        damping: Damping = 0.1,
+        damping_mode: DampingMode = "relative",
+        sampling_damping: float = 1.0,
+        fisher: FisherKind = "propagated",
+        draws: int = 1,
+        structure: Structure = "auto",
+        decay: float = 0.95,
+        statistics_every: int = 5,
+        refresh_every: int = 20,
+        burn_in: int = 0,
+        noise_variance: float | Literal["auto"] = "auto",
+        spectrum_every: int = 100,
+        seed: int = 0,
+    ) -> None:
+        check_number("lr", lr, low=0)
+        check_number("weight_decay", weight_decay, low=0)
+        options = Options(
+            momentum=momentum,
+            nesterov=nesterov,
+            kl_radius=kl_radius,
+            measure_every=measure_every,
+            damping=damping,
+            damping_mode=damping_mode,
+            sampling_damping=sampling_damping,
+            fisher=fisher,
+            draws=draws,
+            structure=structure,
+            decay=decay,
+            statistics_every=statistics_every,
+            refresh_every=refresh_every,
+            burn_in=burn_in,
+            noise_variance=noise_variance,
+            spectrum_every=spectrum_every,
+            seed=seed,
+        )
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._prepare(options)
+
+    @staticmethod
+    def wrap(optimizer: Optimizer, lr: float = 1.0, **options: Any) -> NaturalGradientOptimizer:
+        """Put natural-gradient steps in the place of another optimizer's.
+
+        The given optimizer keeps its parameter groups, and whatever holds it (schedulers above
+        all) stays valid. The *shape* of its learning rate, lr over its peak, scales our own `lr`
+        and radius; its size was tuned for other directions and is not used. Its weight decay is
+        kept, decoupled: θ shrinks by its own lr times its own weight decay a step.
+
+        Args:
+            optimizer: any torch optimizer.
+            lr: upper limit of the step at the peak of the schedule.
+            options: those of `NaturalGradientOptimizer`, except `params` and `weight_decay`.
+
+        Returns:
+            A `NaturalGradientOptimizer` with the given optimizer's groups, state and defaults.
+
+        Raises:
+            OptionError: it is no optimizer, is one of these already, or an option cannot work.
+        """
+        return WrappedNaturalGradient(optimizer, lr, Options(**options))
+
+    def _prepare(self, options: Options) -> None:
+        self._engine = NaturalGradientStep(options)
+        self._peak_lr: list[float] = []  # the largest seen, a group each
+
+    @property
+    def options(self) -> Options:
+        """What the optimizer was made with."""
+        return self._engine.options
+
+    @property
+    def report(self) -> StepReport | None:
+        """The last step in numbers; None before the first."""
+        return self._engine.report
+
+    def observe(self) -> AbstractContextManager[Any]:
+        """A context for the forward pass of one batch, or of one micro-batch.
+
+        Inside an `observe()` of the same optimizer, or on a step that needs nothing from it, it
+        does nothing. The backward pass may be inside or after it.
+        """
+        trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        return self._engine.observe(trainable)
+
+    def forget_observations(self) -> None:
+        """Drop what was observed since the last step, which will not be made."""
+        self._engine.forget()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step.
+
+        Args:
+            closure: computes the loss and its gradients; called once, first, and observed.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            StepOrderError: no observed loss has ever reached a parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(), self.observe():
+                loss = closure()
+        self._engine.step([self._step_group(i, g) for i, g in enumerate(self.param_groups)])
+        return loss
+
+    # -- what the groups say -------------------------------------------------------------------
+
+    def _step_group(self, index: int, group: dict[str, Any]) -> StepGroup:
+        lr = float(group["lr"])
+        return StepGroup(
+            group["params"],
+            lr=lr,
+            decay=lr * float(group["weight_decay"]),
+            momentum=float(group["momentum"]),
+            schedule=self._schedule(index, group),
+        )
+
+    def _schedule(self, index: int, group: dict[str, Any]) -> float:
+        """The learning rate over its peak: what a scheduler says it is, else the largest seen.
+
+        A warm-up starts near zero, so the first rate seen is no measure.
+        """
+        self._peak_lr += [0.0] * (index + 1 - len(self._peak_lr))
+        lr = float(group["lr"])
+        self._peak_lr[index] = max(self._peak_lr[index], lr)
+        peak = float(group.get("max_lr", group.get("initial_lr", self._peak_lr[index])))
+        return lr / peak if peak > 0 else 0.0
+
+    # -- looking at it -------------------------------------------------------------------------
+
+    def coverage(self, names: dict[int, str] | None = None) -> Coverage:
+        """Which block every parameter has; complete after the first step.
+
+        Args:
+            names: id of a parameter to its name; otherwise names given in the parameter groups,
+                otherwise numbers.
+        """
+        fisher, identity = self._engine.fisher, self.options.structure == "identity"
+        rows: list[CoverageRow] = []
+        counted = set()
+        for group in self.param_groups:
+            given = group.get("param_names", [None] * len(group["params"]))
+            for p, name in zip(group["params"], given, strict=True):
+                block = fisher.block(p)
+                kind, reason, kept = "none", fisher.reason(p), 0
+                if not p.requires_grad:
+                    reason = "frozen"
+                elif identity:
+                    kind, reason = "identity", "structure='identity'"
+                elif block is not None:
+                    kind = block.kind
+                    kept = 0 if id(block) in counted else block.numel()
+                    counted.add(id(block))
+                label = (names or {}).get(id(p)) or name or f"parameter {len(rows)}"
+                rows.append(CoverageRow(label, tuple(p.shape), kind, reason, kept))
+        return Coverage(rows)
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """A plain optimizer state dict, with everything of ours under one more key.
+
+        Other optimizers load it and ignore that key; it holds plain tensors and numbers only.
+        """
+        state = self._plain_state_dict()
+        state[_STATE_KEY] = {
+            **self._engine.state_dict(self._parameters()),
+            "peak_lr": list(self._peak_lr),
+        }
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state dict of this class, or of a plain optimizer: then F starts anew.
+
+        Args:
+            state_dict: what `state_dict()` returned.
+
+        Raises:
+            ValueError: the parameter groups do not fit (as of any torch optimizer).
+        """
+        ours = state_dict.get(_STATE_KEY)
+        self._load_plain_state_dict({k: v for k, v in state_dict.items() if k != _STATE_KEY})
+        if ours is None:
+            return
+        if self._engine.load_state_dict(ours, self._parameters()):
+            self._peak_lr = list(ours["peak_lr"])
+        else:
+            warnings.warn(
+                "ngplugin: the saved curvature belongs to parameters of other shapes; it starts "
+                "anew. Usual cause: a layer was added or removed since the checkpoint.",
+                stacklevel=2,
+            )
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _plain_state_dict(self) -> dict[str, Any]:
+        return super().state_dict()
+
+    def _load_plain_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+
+
+class WrappedNaturalGradient(NaturalGradientOptimizer):
+    """Natural-gradient steps on another optimizer's parameter groups; see `wrap`.
+
+    Groups, state and defaults are the wrapped optimizer's own objects, never copies, so that
+    schedulers, learning-rate monitors and code that edits `param_groups` all meet the same ones.
+    """
+
+    def __init__(self, optimizer: Optimizer, lr: float, options: Options) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise OptionError(
+                f"wrap({type(optimizer).__name__}): expected a torch.optim.Optimizer; to start "
+                "from parameters use NaturalGradientOptimizer(params)"
+            )
+        if isinstance(optimizer, NaturalGradientOptimizer):
+            raise OptionError("wrap(): this is a NaturalGradientOptimizer already")
+        check_number("lr", lr, low=0, open_low=True)
+        self._ng_inner = optimizer
+        self._own_lr = float(lr)
+        # Fills in what Optimizer.__init__ would have, without groups of its own.
+        Optimizer.__setstate__(self, {})
+        self._prepare(options)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The wrapped optimizer; the name under which learning-rate monitors look for it."""
+        return self._ng_inner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups."""
+        return self._ng_inner.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._ng_inner.param_groups = groups
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state: its own buffers, which no step of ours touches."""
+        return self._ng_inner.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._ng_inner.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults."""
+        return self._ng_inner.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._ng_inner.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the wrapped optimizer."""
+        self._ng_inner.add_param_group(param_group)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step; see `NaturalGradientOptimizer.step`."""
+        loss = super().step(closure)
+        # A scheduler built on the wrapped optimizer asks it whether it has stepped.
+        self._ng_inner._opt_called = True  # type: ignore[attr-defined]
+        return loss
+
+    def _step_group(self, index: int, group: dict[str, Any]) -> StepGroup:
+        schedule = self._schedule(index, group)
+        return StepGroup(
+            group["params"],
+            lr=self._own_lr * schedule,
+            decay=float(group["lr"]) * float(group.get("weight_decay", 0.0)),
+            momentum=self.options.momentum,
+            schedule=schedule,
+        )
+
+    def _plain_state_dict(self) -> dict[str, Any]:
+        return self._ng_inner.state_dict()
+
+    def _load_plain_state_dict(self, state: dict[str, Any]) -> None:
+        self._ng_inner.load_state_dict(state)

@@ -1,0 +1,87 @@
+"""What a step did, and what every parameter is preconditioned with: frozen data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step in numbers. KL is in nats per term.
+
+    Attributes:
+        step: optimizer steps before this one.
+        kl: measured KL(p_θ ‖ p_θ+Δ) on the step's own batch; None if not measured.
+        kl_predicted: ½ΔᵀFΔ/Σw of the step as applied, F undamped.
+        kl_radius: the bound on the KL at this step.
+        step_scale: what the trust region multiplied the proposed step by, in [0, 1].
+        damping: λ.
+        condition_number: of the block-diagonal damped F, at the last time it was computed.
+        condition_number_undamped: the same without damping.
+        reduction_ratio: how far the scored losses fell over how far the quadratic model said;
+            None if not measured.
+        grad_norm: Euclidean norm of the gradient.
+        natural_grad_norm: of the natural gradient d.
+        cosine: between the gradient and d.
+        overhead: share of the time since the last step that went into curvature, in [0, 1].
+        shrinks: how often a measured step was shortened because its KL was too large.
+        skipped: 1 if gradient or step was not finite, and nothing was moved.
+        rejected: 1 if the measured KL stayed too large after every shrink, and nothing was moved.
+        failed_factorizations: in this step; the old inverses were kept.
+        dropped_statistics: in this step, not finite.
+    """
+
+    step: int
+    kl: float | None
+    kl_predicted: float
+    kl_radius: float
+    step_scale: float
+    damping: float
+    condition_number: float | None
+    condition_number_undamped: float | None
+    reduction_ratio: float | None
+    grad_norm: float
+    natural_grad_norm: float
+    cosine: float
+    overhead: float
+    shrinks: int = 0
+    skipped: int = 0
+    rejected: int = 0
+    failed_factorizations: int = 0
+    dropped_statistics: int = 0
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One parameter: which block preconditions it, why, and how many numbers the block keeps."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    block: str
+    reason: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Every parameter of an optimizer and its block."""
+
+    rows: Sequence[CoverageRow]
+    columns: tuple[str, ...] = ("parameter", "shape", "block", "why", "numbers kept")
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table's rows as text; the size of a shared block stands with its first parameter."""
+        return [
+            (r.parameter, "×".join(map(str, r.shape)) or "1", r.block, r.reason, f"{r.numel:,}")
+            for r in self.rows
+        ]
+
+    def __str__(self) -> str:
+        """A plain text table."""
+        lines = [self.columns, *self.cells()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
