@@ -1,8 +1,27 @@
 """Natural-gradient training for PyTorch and Lightning."""
 
-from ngplugin.damping import ConstantDamping as ConstantDamping
-from ngplugin.damping import CosineDamping as CosineDamping
-from ngplugin.damping import ExponentialDamping as ExponentialDamping
-from ngplugin.damping import LinearDamping as LinearDamping
-from ngplugin.errors import NgpluginError as NgpluginError
-from ngplugin.optimizer import NaturalGradientOptimizer as NaturalGradientOptimizer
+from ngplugin.damping import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping
+from ngplugin.errors import (
+    NgpluginError,
+    OptionError,
+    StepOrderError,
+    UnsupportedTrainerError,
+)
+from ngplugin.lightning import NaturalGradient
+from ngplugin.optimizer import NaturalGradientOptimizer
+from ngplugin.report import Coverage, StepReport
+
+__all__ = [
+    "ConstantDamping",
+    "CosineDamping",
+    "Coverage",
+    "ExponentialDamping",
+    "LinearDamping",
+    "NaturalGradient",
+    "NaturalGradientOptimizer",
+    "NgpluginError",
+    "OptionError",
+    "StepOrderError",
+    "StepReport",
+    "UnsupportedTrainerError",
+]

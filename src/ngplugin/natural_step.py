@@ -194,6 +194,7 @@ class NaturalGradientStep:
         for observation in observations:
             observation.maps.clear()  # lets the graph go
         now = time.perf_counter()
+        seconds = max(now - self._last_time, 1e-9)
         spent = now - started + sum(observation.seconds for observation in observations)
         expected = applied.scale * model.slope - applied.scale**2 * model.q * self._weight.nats
         norms = math.sqrt(model.gg * model.dd)
@@ -213,7 +214,8 @@ class NaturalGradientStep:
             grad_norm=math.sqrt(model.gg),
             natural_grad_norm=math.sqrt(model.dd),
             cosine=model.gd / norms if norms > 0 else 0.0,
-            overhead=min(1.0, spent / max(now - self._last_time, 1e-9)),
+            overhead=min(1.0, spent / seconds),
+            seconds=seconds,
             shrinks=applied.shrinks,
             skipped=int(not finite),
             rejected=int(applied.rejected),

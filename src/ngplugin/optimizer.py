@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
 from ngplugin.natural_step import NaturalGradientStep, StepGroup
-from ngplugin.options import Options, Structure, check_number
+from ngplugin.options import Options, Structure, check_choice, check_number
 from ngplugin.report import Coverage, CoverageRow, StepReport
 
 _STATE_KEY = "natgrad"  # of our part of a state dict; other optimizers ignore it
@@ -155,6 +156,8 @@ class NaturalGradientOptimizer(Optimizer):
         Raises:
             OptionError: it is no optimizer, is one of these already, or an option cannot work.
         """
+        for name in options:
+            check_choice("option", name, [field.name for field in fields(Options)])
         return WrappedNaturalGradient(optimizer, lr, Options(**options))
 
     def _prepare(self, options: Options) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,8 @@ class StepReport:
         grad_norm: Euclidean norm of the gradient.
         natural_grad_norm: of the natural gradient d.
         cosine: between the gradient and d.
-        overhead: share of the time since the last step that went into curvature, in [0, 1].
+        overhead: share of `seconds` that went into curvature, in [0, 1].
+        seconds: since the end of the last step.
         shrinks: how often a measured step was shortened because its KL was too large.
         skipped: 1 if gradient or step was not finite, and nothing was moved.
         rejected: 1 if the measured KL stayed too large after every shrink, and nothing was moved.
@@ -45,6 +47,7 @@ class StepReport:
     natural_grad_norm: float
     cosine: float
     overhead: float
+    seconds: float
     shrinks: int = 0
     skipped: int = 0
     rejected: int = 0
@@ -76,6 +79,18 @@ class Coverage:
             (r.parameter, "×".join(map(str, r.shape)) or "1", r.block, r.reason, f"{r.numel:,}")
             for r in self.rows
         ]
+
+    def totals(self) -> str:
+        """One line: how many parameters have which block."""
+        count: dict[str, list[int]] = {}
+        for row in self.rows:
+            tensors = count.setdefault(row.block, [0, 0])
+            tensors[0] += 1
+            tensors[1] += math.prod(row.shape)
+        return "; ".join(
+            f"{kind}: {numbers:,} numbers in {tensors} tensors"
+            for kind, (tensors, numbers) in count.items()
+        )
 
     def __str__(self) -> str:
         """A plain text table."""
