@@ -56,8 +56,10 @@ class _Move:
     parameter: Tensor
     gradient: Tensor
     natural_gradient: Tensor
+    curved: Tensor | None  # F/Σw times the natural gradient, where that came with it
     direction: Tensor  # the natural gradient, and the weight decay's part
     lr: float
+    decay: float
 
 
 @dataclass(frozen=True)
@@ -245,8 +247,6 @@ class NaturalGradientStep:
         self.fisher.discard()
         if not any(block.ready for block in self.fisher.blocks):
             raise StepOrderError(why_no_fisher(observations))
-        if options.structure == "identity":
-            return dropped, 0
         due = refresh_due(self.steps, options.refresh_every)
         rule = BlockDamping(damping, options.damping_mode, options.sampling_damping)
         failed = self.fisher.refresh(rule, only_new=not due)
@@ -272,39 +272,47 @@ class NaturalGradientStep:
             for p in group.parameters
             if p.grad is not None
         }
-        natural = averaged
+        natural, curved = averaged, dict[int, Tensor]()
         if self.options.structure != "identity":
-            # F is kept per Σw, the gradient is that of the whole objective.
-            products = self.fisher.precondition(averaged)
-            natural = {key: d.div_(self._weight.total) for key, d in products.items()}
+            natural, curved = self.fisher.precondition(averaged)
+            for vector in (*natural.values(), *curved.values()):
+                # F is kept per Σw, the gradient is that of the whole objective.
+                vector.div_(self._weight.total)
         moves = []
         for group in groups:
             for p in group.parameters:
                 if id(p) in natural and p.grad is not None and group.lr > 0:
                     d = natural[id(p)]
                     u = d.add(p, alpha=group.decay / group.lr) if group.decay else d
-                    moves.append(_Move(p, p.grad, d, u, group.lr))
+                    moves.append(_Move(p, p.grad, d, curved.get(id(p)), u, group.lr, group.decay))
         return moves
 
     def _model(self, moves: Sequence[_Move]) -> _Model:
         """The quadratic model of the step Δ = -lr · direction at full length."""
-        delta = {id(m.parameter): m.direction * m.lr for m in moves}
-        product = self.fisher.product(delta)
-        slope = _sum(_dot(m.gradient, delta[id(m.parameter)]) for m in moves)
-        curvature = torch.zeros_like(slope)
-        if product:  # the identity without a bound knows no F
-            curvature = _sum(_dot(delta[key], part) for key, part in product.items())
         numbers = torch.stack(
             [
                 # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
-                0.5 * curvature * (self._weight.total / self._weight.nats),
-                slope,
+                0.5 * self._curvature(moves) * (self._weight.total / self._weight.nats),
+                _sum(m.lr * _dot(m.gradient, m.direction) for m in moves),
                 _sum(_dot(m.gradient, m.gradient) for m in moves),
                 _sum(_dot(m.natural_gradient, m.natural_gradient) for m in moves),
                 _sum(_dot(m.gradient, m.natural_gradient) for m in moves),
             ]
         )
         return _Model(*numbers.tolist())  # the one transfer to the host
+
+    def _curvature(self, moves: Sequence[_Move]) -> Tensor:
+        """ΔᵀFΔ/Σw of the step at full length, a scalar."""
+        delta = {id(m.parameter): m.direction * m.lr for m in moves}
+        if any(m.curved is None for m in moves) or len({m.lr for m in moves}) > 1:
+            product = self.fisher.product(delta)
+        else:  # then F d is at hand, and F Δ differs from it by what decays
+            product = {id(m.parameter): m.curved * m.lr for m in moves if m.curved is not None}
+            decayed = {id(m.parameter): m.parameter * m.decay for m in moves if m.decay}
+            for key, part in self.fisher.product(decayed).items():
+                product[key] = product[key] + part
+        zero = torch.zeros((), device=moves[0].direction.device)
+        return _sum([zero, *(_dot(delta[key], part) for key, part in product.items())])
 
     def _apply_bounded(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from ngplugin.curvature.blocks import Block, BlockDamping, DiagonalBlock, KroneckerBlock
 from ngplugin.curvature.blocks.block import curvature_dtype
 from ngplugin.curvature.taps import MapCall
+
+_Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
 
 
 def refresh_due(step: int, every: int) -> bool:
@@ -159,35 +161,39 @@ class Fisher:
 
     # -- products ------------------------------------------------------------------------------
 
-    def precondition(self, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
-        """(F/Σw + damping)⁻¹ v.
+    def precondition(self, vectors: _Parts) -> tuple[_Parts, _Parts]:
+        """D = (F/Σw + damping)⁻¹ v, and F/Σw d, undamped.
 
         Args:
             vectors: id of a parameter to the vector's part for it. Parts of parameters without a
-                block, which no observed prediction depends on yet, are left out of the result.
+                block, which no observed prediction depends on yet, are left out of the results.
         """
-        return self._apply("precondition", vectors)
+        directions: _Parts = {}
+        products: _Parts = {}
+        for block, parts in self._split(vectors):
+            direction, product = block.precondition(parts)
+            self._put(block, direction, vectors, directions)
+            self._put(block, product, vectors, products)
+        return directions, products
 
-    def product(self, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
-        """F/Σw v with the present averages, undamped; arguments as for `precondition`."""
-        return self._apply("product", vectors)
-
-    def _apply(self, name: str, vectors: dict[int, Tensor]) -> dict[int, Tensor]:
-        result: dict[int, Tensor] = {}
-        for block in self.blocks:
-            present = [id(p) in vectors for p in block.parameters]
-            usable = block.inverted if name == "precondition" else block.ready
-            if not (usable and any(present)):
-                continue
-            parts = [
-                vectors[id(p)] if here else torch.zeros_like(p)
-                for p, here in zip(block.parameters, present, strict=True)
-            ]
-            products = getattr(block, name)(parts)
-            for p, here, part in zip(block.parameters, present, products, strict=True):
-                if here:
-                    result[id(p)] = part
+    def product(self, vectors: _Parts) -> _Parts:
+        """F/Σw v, undamped; arguments as for `precondition`."""
+        result: _Parts = {}
+        for block, parts in self._split(vectors):
+            self._put(block, block.product(parts), vectors, result)
         return result
+
+    def _split(self, vectors: _Parts) -> Iterator[tuple[Block, list[Tensor]]]:
+        """Each usable block with its parts of a vector, zeros for those that are missing."""
+        for block in self.blocks:
+            if block.inverted and any(id(p) in vectors for p in block.parameters):
+                yield block, [vectors.get(id(p), torch.zeros_like(p)) for p in block.parameters]
+
+    @staticmethod
+    def _put(block: Block, parts: Sequence[Tensor], like: _Parts, into: _Parts) -> None:
+        into.update(
+            {id(p): x for p, x in zip(block.parameters, parts, strict=True) if id(p) in like}
+        )
 
     # -- looking at it -------------------------------------------------------------------------
 

@@ -35,8 +35,9 @@ class Block(ABC):
 
     Three times, in this order, at most once a step: statistics are *added* while the backward pass
     runs, *folded* into the average when the step is taken, and the damped inverse is *refreshed*
-    when it is due. Products with F use the present average, so that a predicted KL is as good as
-    it can be; products with the inverse, and the eigenvalues, are as of the last refresh.
+    when it is due. Products with the inverse, and the eigenvalues, are those of the last refresh.
+    Products with F are so too, but scaled to the trace of the present average: F may change its
+    size many times over between two refreshes, its shape hardly.
 
     Attributes:
         parameters: the tensors whose gradients go in and directions come out, in this order.
@@ -85,8 +86,12 @@ class Block(ABC):
         """
 
     @abstractmethod
-    def precondition(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """(F/Σw + damping)⁻¹ times a vector, one tensor a parameter."""
+    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """D = (F/Σw + damping)⁻¹ g, and F/Σw d undamped, which comes nearly free with it.
+
+        Args:
+            gradients: one tensor a parameter, as in both results.
+        """
 
     @abstractmethod
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
@@ -110,8 +115,8 @@ class Block(ABC):
 
 
 def finite(*tensors: Tensor) -> bool:
-    """Whether every element is finite."""
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+    """Whether every element is finite; a sum that overflows counts as not."""
+    return bool(torch.isfinite(torch.stack([t.sum() for t in tensors])).all())
 
 
 def curvature_dtype(parameter: Tensor) -> torch.dtype:

@@ -36,6 +36,7 @@ class DiagonalBlock(Block):
         self._average = RunningAverage()
         self._fisher: Tensor | None = None  # as of the last refresh
         self._damping: Tensor | None = None  # a scalar
+        self._growth: float | Tensor = 1.0  # tr F now, over that of the last refresh
 
     def add_gradient_score(self, score: Tensor, share: float) -> None:
         """Add `share` of g², with g = d(Σ √w s)/d(parameter)."""
@@ -55,6 +56,9 @@ class DiagonalBlock(Block):
         if not finite(added):
             return False
         self._average.update(added, decay)
+        if self._fisher is not None:
+            now, then = self._average.value.sum(), self._fisher.sum()
+            self._growth = torch.where(then > 0, now / then, 1.0)
         return True
 
     @property
@@ -78,21 +82,23 @@ class DiagonalBlock(Block):
         if damping.mode == "relative":
             unit = self._fisher.mean().clamp_min(damping.floor)
         self._damping = damping.value * unit
+        self._growth = 1.0
         return True
 
-    def precondition(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """g / (diag F + λ)."""
+    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """g / (diag F + λ), and diag(F) times it."""
         (g,) = gradients
         assert self._fisher is not None
         assert self._damping is not None
         denominator = self._fisher + self._damping
         # A parameter that the prediction does not depend on (0/0) does not move.
         direction = torch.where(denominator > 0, g.to(self._dtype) / denominator, 0.0)
-        return [direction.to(g.dtype)]
+        return [direction.to(g.dtype)], [self._fisher * self._growth * direction]
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """diag(F) v."""
-        return [self._average.value * vectors[0].to(self._dtype)]
+        assert self._fisher is not None
+        return [self._fisher * self._growth * vectors[0].to(self._dtype)]
 
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Smallest and largest element, without and with damping."""
@@ -113,11 +119,14 @@ class DiagonalBlock(Block):
             "average": self._average.state_dict(),
             "fisher": self._fisher,
             "damping": self._damping,
+            "growth": self._growth,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
         like = self.parameters[0]
         self._average.load_state_dict(state["average"], like)
-        self._fisher = None if state["fisher"] is None else state["fisher"].to(like.device)
-        self._damping = None if state["damping"] is None else state["damping"].to(like.device)
+        for name in ("fisher", "damping", "growth"):
+            saved = state[name]
+            moved = saved.to(like.device, copy=True) if isinstance(saved, Tensor) else saved
+            setattr(self, f"_{name}", moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,34 @@ from torch import Tensor
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
 from ngplugin.curvature.taps import MapCall
+
+
+@dataclass(frozen=True)
+class DampedFactor:
+    """One Kronecker factor as of a refresh.
+
+    Attributes:
+        matrix: undamped, `[group, d, d]`.
+        damping: what is added to its diagonal, `[group, 1, 1]`.
+        inverse: of the damped matrix.
+    """
+
+    matrix: Tensor
+    damping: Tensor
+    inverse: Tensor
+
+    @staticmethod
+    def of(matrix: Tensor, damping: Tensor) -> DampedFactor | None:
+        """Invert by Cholesky, in float64 if the first try fails; None if that fails too."""
+        damped = matrix.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed.any():  # once more, on the CPU because not every device knows float64
+            factor, failed = torch.linalg.cholesky_ex(damped.cpu().double())
+        inverse = torch.cholesky_inverse(factor).to(matrix)
+        if failed.any() or not finite(inverse):
+            return None
+        return DampedFactor(matrix, damping, inverse)
 
 
 class KroneckerBlock(Block):
@@ -44,13 +73,8 @@ class KroneckerBlock(Block):
         self._added: tuple[Tensor, Tensor, Tensor] | None = None  # Σ aaᵀ, number of rows, Σ ggᵀ
         self._average_A, self._average_G = RunningAverage(), RunningAverage()
         self._average_rows = RunningAverage()  # [group, 1, 1], how many rows a statistic rests on
-        # As of the last refresh, [group, in, in] and [group, out, out]:
-        self.A: Tensor | None = None
-        self.G: Tensor | None = None
-        self._A_inverse: Tensor | None = None
-        self._G_inverse: Tensor | None = None
-        self._A_damping: Tensor | None = None  # [group, 1, 1]
-        self._G_damping: Tensor | None = None
+        self._refreshed: tuple[DampedFactor, DampedFactor] | None = None  # A and G
+        self._growth: float | Tensor = 1.0  # [group, 1, 1], tr A tr G now over the last refresh's
 
     def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
         """Add the rows of one call of the map.
@@ -94,6 +118,11 @@ class KroneckerBlock(Block):
         self._average_A.update(A, decay)
         self._average_G.update(G, decay)
         self._average_rows.update(rows, decay)
+        if self._refreshed is not None:
+            old_A, old_G = (factor.matrix for factor in self._refreshed)
+            now = _mean_eigenvalue(self._average_A.value) * _mean_eigenvalue(self._average_G.value)
+            then = _mean_eigenvalue(old_A) * _mean_eigenvalue(old_G)
+            self._growth = torch.where(then > 0, now / then, 1.0)
         return True
 
     @property
@@ -104,7 +133,13 @@ class KroneckerBlock(Block):
     @property
     def inverted(self) -> bool:
         """Whether a refresh has succeeded."""
-        return self._A_inverse is not None
+        return self._refreshed is not None
+
+    @property
+    def factors(self) -> tuple[DampedFactor, DampedFactor]:
+        """A and G as of the last refresh, `[group, in, in]` and `[group, out, out]`."""
+        assert self._refreshed is not None, "refresh() comes first"
+        return self._refreshed
 
     def mean_eigenvalue(self) -> Tensor:
         """The product of the factors' mean eigenvalues, averaged over the groups."""
@@ -136,37 +171,44 @@ class KroneckerBlock(Block):
         else:
             pi = (mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny)).sqrt()
             A_damping, G_damping = damping.value**0.5 * pi, damping.value**0.5 / pi
-        A_inverse, G_inverse = _inverse(A, A_damping), _inverse(G, G_damping)
-        if A_inverse is None or G_inverse is None:
+        damped_A, damped_G = DampedFactor.of(A, A_damping), DampedFactor.of(G, G_damping)
+        if damped_A is None or damped_G is None:
             return False
-        self.A, self.G = A, G
-        self._A_damping, self._G_damping = A_damping, G_damping
-        self._A_inverse, self._G_inverse = A_inverse, G_inverse
+        self._refreshed = damped_A, damped_G
+        self._growth = 1.0
         return True
 
-    def precondition(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """G⁻¹ M A⁻¹ with the damped factors and M the gradient as `[group, out, in]`."""
-        assert self._A_inverse is not None
-        assert self._G_inverse is not None
+    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """V = G_d⁻¹ M A_d⁻¹ with the damped factors and M the gradient, and G V A.
+
+        With A_d = A + a I the product with the larger factor needs no multiplication, since
+        V A = V A_d - a V = G_d⁻¹ M - a V, nor G V for the same reason if G is larger.
+        """
+        A, G = self.factors
         M = self._as_matrix(gradients)
-        return self._as_parameters(self._G_inverse @ M @ self._A_inverse, gradients)
+        if self._in >= self._out:
+            half = G.inverse @ M
+            V = half @ A.inverse
+            GVA = G.matrix @ (half - A.damping * V)
+        else:
+            half = M @ A.inverse
+            V = G.inverse @ half
+            GVA = (half - G.damping * V) @ A.matrix
+        return self._as_parameters(V, gradients), self._as_parameters(self._growth * GVA, gradients)
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """G V A with the undamped factors."""
-        V = self._as_matrix(vectors)
-        product = self._average_G.value @ V @ self._average_A.value
-        return self._as_parameters(product, vectors)
+        A, G = self.factors
+        GVA = self._growth * (G.matrix @ self._as_matrix(vectors) @ A.matrix)
+        return self._as_parameters(GVA, vectors)
 
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Products of the factors' extreme eigenvalues, over all groups."""
-        assert self.A is not None
-        assert self.G is not None
-        assert self._A_damping is not None
-        assert self._G_damping is not None
+        A, G = self.factors
         # Rounding may leave a tiny negative eigenvalue of a positive semi-definite matrix.
-        a = torch.linalg.eigvalsh(self.A).clamp_min(0)  # [group, in], ascending
-        g = torch.linalg.eigvalsh(self.G).clamp_min(0)
-        a_damped, g_damped = a + self._A_damping.squeeze(-1), g + self._G_damping.squeeze(-1)
+        a = torch.linalg.eigvalsh(A.matrix).clamp_min(0)  # [group, in], ascending
+        g = torch.linalg.eigvalsh(G.matrix).clamp_min(0)
+        a_damped, g_damped = a + A.damping.squeeze(-1), g + G.damping.squeeze(-1)
         return (
             (a[:, 0] * g[:, 0]).min(),
             (a[:, -1] * g[:, -1]).max(),
@@ -180,14 +222,17 @@ class KroneckerBlock(Block):
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, and the factors, dampings and inverses as of the last refresh."""
-        tensors = {name: getattr(self, name) for name in self._TENSORS}
+        refreshed = None
+        if self._refreshed is not None:
+            refreshed = [(f.matrix, f.damping, f.inverse) for f in self._refreshed]
         return {
             "kind": self.kind,
             "groups": self.groups,
             "average_A": self._average_A.state_dict(),
             "average_G": self._average_G.state_dict(),
             "average_rows": self._average_rows.state_dict(),
-            **tensors,
+            "refreshed": refreshed,
+            "growth": self._growth,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,11 +241,16 @@ class KroneckerBlock(Block):
         self._average_A.load_state_dict(state["average_A"], like)
         self._average_G.load_state_dict(state["average_G"], like)
         self._average_rows.load_state_dict(state["average_rows"], like)
-        for name in self._TENSORS:
-            saved = state[name]
-            setattr(self, name, None if saved is None else saved.to(like.device, copy=True))
-
-    _TENSORS = ("A", "G", "_A_inverse", "_G_inverse", "_A_damping", "_G_damping")
+        if state["refreshed"] is None:
+            self._refreshed = None
+        else:
+            A, G = (
+                DampedFactor(*(t.to(like.device, copy=True) for t in tensors))
+                for tensors in state["refreshed"]
+            )
+            self._refreshed = A, G
+        growth = state["growth"]
+        self._growth = growth.to(like.device) if isinstance(growth, Tensor) else growth
 
     def _as_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Weight (and bias) to `[group, out, in]`, the bias as the last input."""
@@ -222,16 +272,3 @@ class KroneckerBlock(Block):
 def _mean_eigenvalue(M: Tensor) -> Tensor:
     """tr M / d of each matrix, `[group, 1, 1]`."""
     return M.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-
-
-def _inverse(M: Tensor, damping: Tensor) -> Tensor | None:
-    """(M + damping I)⁻¹ by Cholesky, in float64 if the first try fails; None if that fails too."""
-    damped = M.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
-    # The second try is on the CPU because not every device knows float64.
-    for convert in (Tensor.clone, lambda t: t.cpu().double()):
-        factor, failed = torch.linalg.cholesky_ex(convert(damped))
-        if not failed.any():
-            inverse = torch.cholesky_inverse(factor).to(M)
-            return inverse if finite(inverse) else None
-    return None
