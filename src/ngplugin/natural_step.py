@@ -170,11 +170,16 @@ class NaturalGradientStep:
     def step(self, groups: Sequence[StepGroup]) -> None:
         """Move the parameters along what was observed, and write the report.
 
+        Without any gradient there is nothing to do: no step is counted.
+
         Raises:
             StepOrderError: no observed loss has ever reached a parameter.
         """
         started = time.perf_counter()
         observations, self._observations = self._observations, []
+        if all(p.grad is None for group in groups for p in group.parameters):
+            self.fisher.discard()
+            return
         watching: AbstractContextManager[Any] = contextlib.nullcontext()
         if self._observer:  # a step in the middle of a watched region: what follows is new
             watching = self._observer.paused()

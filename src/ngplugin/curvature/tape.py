@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+# Update running statistics among their arguments without raising those tensors' version counters.
+_WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
+
 
 class _Slot(int):
     """Stands in a recorded call's arguments for a tensor that an earlier call made."""
@@ -129,6 +132,8 @@ class Tape:
             not torch.equal(a, b) for a, b in zip(random, self._random_state(), strict=True)
         )
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
+        if name in _WRITES_UNNOTICED:
+            changed = [t for t in constants if id(t) not in self._parameters]
         if any(id(t) in self._parameters for t in changed):
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
         autocast = torch.is_autocast_enabled(self._device.type)

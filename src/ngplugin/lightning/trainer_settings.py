@@ -54,8 +54,8 @@ def _no_optimizer(trainer: Any, module: Any) -> str | None:
 
 
 def _value_clipping(trainer: Any, module: Any) -> str | None:
-    algorithm = str(getattr(trainer, "gradient_clip_algorithm", None) or "")
-    if trainer.gradient_clip_val and algorithm.endswith("value"):
+    algorithm = getattr(trainer, "gradient_clip_algorithm", None)
+    if trainer.gradient_clip_val and getattr(algorithm, "value", algorithm) == "value":
         return "gradient_clip_algorithm='value'"
     return None
 

@@ -1,0 +1,73 @@
+"""Reports become metrics under fixed names, in any logger."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+
+from ngplugin import StepReport, tracking
+
+
+def report(**changes: Any) -> StepReport:
+    values = {field.name: 0.5 for field in dataclasses.fields(StepReport)}
+    return StepReport(**{**values, "step": 3, **changes})  # type: ignore[arg-type]
+
+
+def test_metric_names_are_the_documented_ones() -> None:
+    assert set(tracking.metrics(report())) == {
+        "natgrad/kl",
+        "natgrad/kl_predicted",
+        "natgrad/kl_radius",
+        "natgrad/step_scale",
+        "natgrad/condition_number",
+        "natgrad/condition_number_undamped",
+        "natgrad/damping",
+        "natgrad/reduction_ratio",
+        "natgrad/grad_norm",
+        "natgrad/natural_grad_norm",
+        "natgrad/cosine",
+        "natgrad/overhead",
+        "natgrad/shrinks",
+        "natgrad/skipped",
+        "natgrad/rejected",
+        "natgrad/failed_factorizations",
+        "natgrad/dropped_statistics",
+    }
+
+
+def test_what_was_not_measured_or_is_infinite_is_left_out() -> None:
+    names = tracking.metrics(report(kl=None, kl_radius=math.inf, cosine=math.nan))
+    assert not {"natgrad/kl", "natgrad/kl_radius", "natgrad/cosine"} & set(names)
+    assert names["natgrad/kl_predicted"] == 0.5
+
+
+def test_the_summary_adds_up() -> None:
+    summary = tracking.Summary()
+    assert summary.numbers()["kl_mean"] is None
+    summary.add(report(kl=0.1, step_scale=1.0, overhead=1.0, seconds=1.0))
+    summary.add(report(kl=None, step_scale=0.5, overhead=0.0, seconds=3.0))
+    summary.add(report(kl=0.3, step_scale=1.0, overhead=0.0, seconds=0.0, skipped=1))
+    numbers = summary.numbers()
+    assert numbers["steps"] == 3
+    assert numbers["kl_mean"] == pytest.approx(0.2)
+    assert numbers["kl_max"] == 0.3
+    assert numbers["bound_active"] == pytest.approx(1 / 3)
+    assert numbers["overhead"] == pytest.approx(0.25)
+    assert numbers["skipped"] == 2.0
+
+
+def test_wandb_offline_gets_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
+    tracking.declare([logger])
+    for step in range(4):
+        tracking.log_step([logger], report(kl=0.25 + step), step)
+    assert logger.experiment.summary["natgrad/kl_radius"] == 0.5
+    logger.experiment.finish()
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert written.read_bytes().count(b"natgrad/condition_number_undamped") >= 4
