@@ -194,12 +194,13 @@ def test_what_is_discarded_is_never_folded(name):
     assert torch.equal(dense_average(block), before)
 
 
-def test_a_failed_factorization_keeps_the_old_inverse():
+@pytest.mark.parametrize("eigenvalue", [-1.0, 0.0])
+def test_a_failed_factorization_keeps_the_old_inverse(eigenvalue):
     block = kronecker("linear")
     assert block.refresh(BlockDamping(0.1))
     v = vectors(block)
     before = flat(block.precondition(v)[0])
-    block._average_A._sum.zero_()[0].fill_diagonal_(-1.0)
+    block._average_A._sum.zero_()[0].fill_diagonal_(eigenvalue)
     assert not block.refresh(BlockDamping(0.0))
     assert torch.equal(flat(block.precondition(v)[0]), before)
 
