@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 # With other configs, or when Hydra only talks to a shell, there is nothing to check against.
 _NOT_OURS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 _NOT_OURS += ("--shell-completion", "-sc")
+_TAKE_A_WORD = ("--info", "-i", "--cfg", "-c", "--package", "-p")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _TRACEBACKS = os.environ.get(_FULL_ERROR) == "1"  # asked for by the user, before we set it
 
@@ -93,8 +94,8 @@ def check(arguments: Sequence[str], config_dir: Path, config_name: str) -> None:
         return
     overrides = [
         _parse(argument)
-        for argument in arguments
-        if not argument.startswith("-") and not argument.startswith("hydra")
+        for before, argument in itertools.pairwise(["", *arguments])
+        if before not in _TAKE_A_WORD and not argument.startswith(("-", "hydra.", "hydra/"))
     ]
     multirun = bool({"-m", "--multirun"} & set(arguments))
     for override in overrides:

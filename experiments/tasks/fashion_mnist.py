@@ -64,8 +64,8 @@ class FashionMNIST(ImageData):
         if len(found) < 2:
             raise FileNotFoundError(
                 f"No {names[0]}(.gz) with its labels in data.folder={str(self.folder)!r}; on "
-                "Debian they come with 'apt install dataset-fashion-mnist', elsewhere give the folder "
-                "that has them: data.folder=PATH"
+                "Debian they come with 'apt install dataset-fashion-mnist', elsewhere give the "
+                "folder that has them: data.folder=PATH"
             )
         return found[0], found[-1]
 
