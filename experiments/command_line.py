@@ -124,11 +124,10 @@ def _check_composed(overrides: Sequence[Override], config_name: str) -> None:
     groups = {group: loader.get_group_options(group) for group in loader.list_groups("")}
     chosen = [o for o in overrides if o.key_or_group in groups and not o.is_delete()]
     values = [o for o in overrides if o.key_or_group not in groups and _changes(o)]
-    defaults = compose(config_name)
     for override in chosen:
         options = groups[override.key_or_group]
         for option in _options(override):
-            if option not in options and not (option is None and _may_be_null(override, defaults)):
+            if option not in options:
                 raise CommandLineError(
                     f"{override.key_or_group}={_text(option)}: expected one of {', '.join(options)}"
                 )
@@ -143,10 +142,6 @@ def _check_composed(overrides: Sequence[Override], config_name: str) -> None:
 def _changes(override: Override) -> bool:
     """Whether it changes a value that must be there: what +, ++ and ~ do is Hydra's to judge."""
     return not (override.is_add() or override.is_force_add() or override.is_delete())
-
-
-def _may_be_null(override: Override, defaults: DictConfig) -> bool:
-    return override.key_or_group not in defaults  # then nothing is its default
 
 
 def _options(override: Override) -> list[Any]:
