@@ -339,6 +339,9 @@ def test_measuring_the_kl_leaves_running_statistics_alone(tmp_path: Path) -> Non
         def on_before_backward(self, loss: Tensor) -> None:
             self.left = self.net[1].running_mean.clone()
 
+        def on_after_backward(self) -> None:
+            assert _len_torch_function_stack() == 0  # only the forward pass is watched
+
         def on_train_batch_end(self, *_: Any) -> None:
             assert torch.equal(self.net[1].running_mean, self.left)
 

@@ -1,0 +1,37 @@
+# make train | test | lint | check | clean. A fresh machine needs Python 3.10 or newer, and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Named after what was installed: other requirements, another name, another installation.
+INSTALLED := $(VENV)/installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d ' ' -f 1)
+# More threads than one slow down models as small as those of the tests, and two runs share the cores.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: train test lint check clean
+
+train: $(INSTALLED)
+	$(BIN)/python train.py optimizer=natgrad
+
+test: $(INSTALLED)
+	mkdir -p build
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --junitxml=build/tests.xml
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check:
+	.ci/run
+
+$(INSTALLED):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is Python %d.%d, but 3.10 or newer is needed; try: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV) || (echo "No virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 1)
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	rm -f $(VENV)/installed-*
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Hydra config groups, found as `pkg://ngplugin.conf`."""

@@ -1,0 +1,57 @@
+"""What a run came to, as a table and as a file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """Write numbers as JSON, with null for those that are not finite."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in results.items()
+    }
+    path.write_text(json.dumps(finite, indent=2) + "\n")
+
+
+def show_results(title: str, results: Mapping[str, Any], folder: Path) -> None:
+    """Print a short table, and where everything was written.
+
+    Args:
+        title: of the table.
+        results: those of `training.train`; natural gradient's are there if it was used.
+        folder: of the run.
+    """
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name in ("test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/loss"):
+        if name in results:
+            table.add_row(name, f"{results[name]:.4f}")
+    table.add_row("seconds of training", f"{results['seconds']:.1f}")
+    table.add_row("steps", f"{results['steps']:,}")
+    if "natgrad/kl_mean" in results:
+        _add_natural_gradient(table, results)
+    console = Console()
+    console.print(table)
+    # Never wrapped: a path is there to be copied.
+    console.print(f"Written to {folder}", soft_wrap=True, highlight=False)
+
+
+def _add_natural_gradient(table: Table, results: Mapping[str, Any]) -> None:
+    def number(name: str, form: str) -> str:
+        value = results.get(f"natgrad/{name}")
+        return "–" if value is None else format(value, form)
+
+    kl = f"{number('kl_mean', '.3g')}, {number('kl_max', '.3g')}, {number('kl_radius', '.3g')}"
+    table.add_row("KL of a step: mean, largest, bound (nats)", kl)
+    table.add_row("steps that the bound shortened", number("bound_active", ".0%"))
+    table.add_row("condition number of the Fisher", number("condition_number", ".2g"))
+    table.add_row("time that went into curvature", number("overhead", ".0%"))

@@ -1,0 +1,1 @@
+"""Data sets that need no download, small networks, and the module that trains them."""

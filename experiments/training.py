@@ -1,0 +1,150 @@
+"""One run, from its config to its results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+import ngplugin
+from experiments.command_line import CommandLineError, made_from
+from experiments.summary import write_results
+from experiments.tasks.classifier import Classifier
+
+
+def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
+    """Fit and test the network that a config describes.
+
+    Args:
+        cfg: composed from `conf/`.
+        folder: of the run; `config.yaml`, as it was used, and `results.json` are written there.
+
+    Returns:
+        The last value of every metric, `seconds` and `steps` of training, and `natgrad/*`.
+
+    Raises:
+        CommandLineError: a value in the config cannot work.
+    """
+    _leave_terminal_to_progress_bar()
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    with made_from("threads"):
+        torch.set_num_threads(cfg.threads)
+    with made_from("seed"):
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+    with made_from("data"):
+        data = _make(cfg.data)
+        data.setup()
+    with made_from("model"):
+        network = _make(cfg.model, shape=data.shape, classes=data.classes)
+    with made_from("optimizer"):
+        optimizer = _make(cfg.optimizer)
+        optimizer(network.parameters())  # a bad option is told now, not in the middle of fit
+    with made_from("schedule"):
+        scheduler = _make(cfg.schedule)
+    with made_from("callbacks"):
+        callbacks = [_make(node) for node in (cfg.get("callbacks") or {}).values() if node]
+    with _loggers(cfg) as loggers, _misconfiguration_is_the_users():
+        trainer = _make_trainer(cfg, callbacks, loggers)
+        module = Classifier(network, data.classes, optimizer, scheduler)
+        results = _fit_and_test(trainer, module, data)
+    for callback in callbacks:
+        if isinstance(callback, ngplugin.NaturalGradient):
+            results |= {f"natgrad/{name}": value for name, value in callback.summary().items()}
+    write_results(folder / "results.json", results)
+    return results
+
+
+def _make(node: DictConfig, **more: Any) -> Any:
+    # Plain lists and dicts: an optimizer that holds OmegaConf's makes checkpoints no one can load.
+    return instantiate(node, _convert_="all", **more)
+
+
+def _make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
+    with made_from("trainer"):
+        trainer = _make(cfg.trainer)(
+            callbacks=callbacks,
+            logger=loggers or False,
+            # What no callback does is not wanted.
+            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+        )
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    return trainer  # type: ignore[no-any-return]
+
+
+def _fit_and_test(
+    trainer: L.Trainer, module: Classifier, data: L.LightningDataModule
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    results: dict[str, Any] = {"seconds": time.perf_counter() - started}
+    results["steps"] = trainer.global_step
+    results |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # Without a checkpoint callback: the weights of the last step.
+    best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
+    (tested,) = trainer.test(module, datamodule=data, ckpt_path=best, verbose=False)
+    return results | dict(tested)
+
+
+@contextlib.contextmanager
+def _loggers(cfg: DictConfig) -> Iterator[list[Logger]]:
+    """The loggers; wandb's run is closed in the end, else the next job of a sweep goes on in it.
+
+    Raises:
+        CommandLineError: wandb is asked to go online and would have to ask who you are.
+    """
+    nodes = dict((cfg.get("logger") or {}).items())
+    for name, node in nodes.items():
+        if node["_target_"].endswith(".WandbLogger"):
+            _prepare_wandb(f"logger.{name}", online=not node.get("offline", False))
+    with made_from("logger"):
+        loggers = [_make(node) for node in nodes.values()]
+    failed = True
+    try:
+        yield loggers
+        failed = False
+    finally:
+        wandb = sys.modules.get("wandb")  # not imported: not used
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=int(failed))
+
+
+def _prepare_wandb(key: str, *, online: bool) -> None:
+    os.environ.setdefault("WANDB_SILENT", "true")  # no greetings
+    with made_from(key):
+        import wandb
+    if online and not wandb.login(prompt=False):
+        raise CommandLineError(
+            f"{key}.offline=false: no account found, expected a key in WANDB_API_KEY or from "
+            "'wandb login'; offline=true needs none"
+        )
+
+
+@contextlib.contextmanager
+def _misconfiguration_is_the_users() -> Iterator[None]:
+    try:
+        yield
+    except (MisconfigurationException, ngplugin.NgpluginError) as error:
+        raise CommandLineError(str(error)) from error
+
+
+def _leave_terminal_to_progress_bar() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advice, no device list
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tensors in memory
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair

@@ -1,0 +1,190 @@
+"""`train.py` from the command line to the files it leaves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.command_line import CommandLineError
+from experiments.tasks.classifier import Classifier
+from experiments.training import train
+
+REPOSITORY = Path(__file__).parents[1]
+# A second or so: the smallest task, 10 steps.
+SMALL = (
+    "trainer=quick",
+    "data=digits",
+    "model=mlp",
+    "model.hidden=[16]",
+    "trainer.accelerator=cpu",
+)
+Compose = Callable[..., DictConfig]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The program itself, in a folder, with no account and no terminal."""
+    hidden = ("WANDB_API_KEY", "HYDRA_FULL_ERROR")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(folder / "home"), "COLUMNS": "100"}
+    return subprocess.run(
+        [sys.executable, str(REPOSITORY / "train.py"), *SMALL, *arguments],
+        cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def written_folder(output: str) -> Path:
+    (line,) = [line for line in output.splitlines() if line.startswith("Written to ")]
+    return Path(line.removeprefix("Written to "))
+
+
+def test_a_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
+    done = run(tmp_path, "optimizer=natgrad", "logger=wandb")
+    assert done.returncode == 0, done.stderr
+    for row in ("test/accuracy", "steps", "seconds", "KL of a step", "condition number", "curvatu"):
+        assert row in done.stdout
+    assert "natgrad/kl" in done.stdout  # in the progress bar
+    folder = written_folder(done.stdout)
+    assert tmp_path in folder.parents
+    assert {path.name for path in tmp_path.iterdir()} <= {"outputs", "home"}
+
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 10
+    assert 0.2 < results["test/accuracy"] <= 1
+    assert 0 < results["natgrad/kl_mean"] <= results["natgrad/kl_max"]
+    assert 0 < results["natgrad/overhead"] < 1
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.data.seed == 0  # resolved
+    rows = list(csv.DictReader((folder / "csv" / "metrics.csv").open()))
+    assert len([row for row in rows if row["natgrad/kl"]]) >= 10
+    (offline,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"natgrad/kl" in offline.read_bytes()
+    assert list((folder / "checkpoints").glob("*.ckpt"))
+
+
+def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
+    done = run(tmp_path, "-m", "optimizer=adamw,natgrad", "seed=1,2", "logger=wandb")
+    assert done.returncode == 0, done.stderr
+    runs = sorted(tmp_path.glob("multirun/*/*/[0-9]*"))
+    assert [r.name for r in runs] == [
+        "0-adamw-seed1", "1-adamw-seed2", "2-natgrad-seed1", "3-natgrad-seed2",
+    ]  # fmt: skip
+    for folder in runs:
+        results = json.loads((folder / "results.json").read_text())
+        assert ("natgrad/kl_mean" in results) == ("natgrad" in folder.name)
+        assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.kl_radius=-1", "optimizer: kl_radius=-1: expected a number above 0"),
+        ("optimizer.fisher=exact", "optimizer: fisher='exact': expected one of 'sampled'"),
+        ("trainer.accelerator=abacus", "Available names are: auto, cpu"),
+        ("trainer.precision=7", "Precision 7 is invalid. Allowed precision values"),
+        ("data.batch_size=0", "data: batch_size=0"),
+        ("model.hidden=[0]", "model: hidden=[0]: expected positive whole numbers"),
+        ("threads=0", "threads: set_num_threads expects a positive integer"),
+        ("seed=-1", "seed: -1 is not in bounds"),
+        ("callbacks.best.mode=best", "callbacks: `mode` can be "),
+        ("callbacks.best.monitor=nothing", "could not find the monitored key"),
+        ("data.batch_size=${nothing}", "data.batch_size: Interpolation key 'nothing' not found"),
+        ("data.split_seed=???", "missing"),
+    ],
+)
+def test_values_that_only_their_user_can_judge(
+    override: str, expected: str, compose_config: Compose, tmp_path: Path
+) -> None:
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        train(compose_config(*SMALL, "logger=csv", "optimizer=natgrad", override), tmp_path)
+    from experiments.command_line import _one_line
+
+    assert expected in _one_line(caught.value).replace("Missing", "missing")
+
+
+def test_a_bad_value_ends_the_program_with_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, "optimizer=adamw", "optimizer.lr=-1", "logger=none")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["train.py: error: optimizer: Invalid learning rate: -1"]
+
+
+def test_wandb_online_without_an_account_is_refused_and_does_not_ask(tmp_path: Path) -> None:
+    done = run(tmp_path, "optimizer=adamw", "logger=wandb", "logger.wandb.offline=false")
+    assert done.returncode == 2
+    assert "logger.wandb.offline=false: no account found" in done.stderr.splitlines()[-1]
+
+
+def test_an_unknown_metric_names_those_there_are(tmp_path: Path) -> None:
+    done = run(tmp_path, "optimizer=adamw", "metric=accuracy", "logger=none")
+    assert done.returncode == 2
+    expected = "metric=accuracy: expected one of seconds, steps, test/accuracy, test/loss"
+    assert expected in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "natgrad"])
+def test_the_same_seed_is_the_same_run_bit_for_bit(
+    optimizer: str, compose_config: Compose, tmp_path: Path
+) -> None:
+    def weights(seed: int, folder: str) -> dict[str, torch.Tensor]:
+        options = ("logger=none", f"optimizer={optimizer}", f"seed={seed}")
+        cfg = compose_config(*SMALL, *options)
+        cfg.callbacks.best.dirpath = str(tmp_path / folder)
+        train(cfg, tmp_path / folder)
+        return torch.load(tmp_path / folder / "last.ckpt", weights_only=True)["state_dict"]
+
+    first, again, other = weights(5, "first"), weights(5, "again"), weights(6, "other")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon"])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_every_optimizer_with_every_schedule(
+    optimizer: str, schedule: str, compose_config: Compose, tmp_path: Path
+) -> None:
+    options = ("logger=csv", f"optimizer={optimizer}", f"schedule={schedule}")
+    assert train(compose_config(*SMALL, *options), tmp_path)["steps"] == 10
+
+
+def test_natural_gradient_in_the_place_of_another_optimizer(
+    compose_config: Compose, tmp_path: Path
+) -> None:
+    options = ("logger=csv", "optimizer=adamw", "schedule=cosine", "callbacks=[default,natgrad]")
+    results = train(compose_config(*SMALL, *options), tmp_path)
+    assert results["natgrad/steps"] == 10
+
+
+def test_without_logger_and_callbacks(compose_config: Compose, tmp_path: Path) -> None:
+    options = ("logger=none", "callbacks=none", "optimizer=sgd")
+    assert "test/accuracy" in train(compose_config(*SMALL, *options), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "results.json"}
+
+
+def test_online_wandb_is_told_apart_by_its_target(compose_config: Compose, tmp_path: Path) -> None:
+    cfg = compose_config(*SMALL, "logger=wandb", "optimizer=sgd")
+    cfg.logger.wandb._target_ = "no.such.WandbLogger"
+    with pytest.raises(CommandLineError, match=r"logger: .*no\.such\.WandbLogger"):
+        train(cfg, tmp_path)
+
+
+def test_the_classifier_works_without_a_scheduler() -> None:
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    module = Classifier(network, 10, lambda params: torch.optim.SGD(params, lr=0.5))
+    batches = [(torch.randn(8, 1, 8, 8), torch.arange(8)) for _ in range(2)]
+    trainer = L.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, batches)
+    assert trainer.global_step == 2
+    assert set(trainer.callback_metrics) == {"train/loss"}
