@@ -89,12 +89,21 @@ def test_curvature_knows_nothing_of_the_upper_floors():
             assert all(other.startswith("curvature") for other in ours(path)), name
 
 
-def test_importing_the_package_loads_no_logger_config_or_table_library():
-    program = (
-        "import sys, ngplugin\n"
-        "print(*sorted({'hydra', 'omegaconf', 'wandb', 'rich'} & sys.modules.keys()))"
-    )
-    found = subprocess.run(
+def in_a_fresh_interpreter(program):
+    done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert found.stdout.split() == []
+    return done.stdout.split()
+
+
+def test_importing_the_package_loads_nothing_that_a_plain_loop_does_without():
+    names = repr(sorted(OPTIONAL))
+    assert in_a_fresh_interpreter(
+        f"import sys, ngplugin; print(*[name for name in {names} if name in sys.modules])"
+    ) == []
+
+
+def test_every_public_name_is_there_and_no_other():
+    assert all(getattr(ngplugin, name).__name__ == name for name in ngplugin.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'NaturalGradients'"):
+        _ = ngplugin.NaturalGradients
