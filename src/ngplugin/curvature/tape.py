@@ -106,6 +106,8 @@ class Tape:
     ) -> Any:
         """Call `function(*args, **kwargs)`, record it if a parameter's value enters it."""
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
+        name = getattr(function, "__name__", "")
+        self._check_origin(inputs, name)
         if not any(id(t) in self._parameters or t in self._slots for t in inputs):
             result = function(*args, **kwargs)
             for tensor in tensors_in(result):
@@ -113,8 +115,6 @@ class Tape:
                     self._constants[tensor] = True
             return result
 
-        name = getattr(function, "__name__", "")
-        self._check_origin(inputs, name)
         if _changes_first_argument(name, kwargs) or "out" in kwargs:
             self._keep_original(next(tensors_in([kwargs.get("out"), args])), name)
         random = self._random_state()
