@@ -284,21 +284,36 @@ class ByNumpy(torch.autograd.Function):
 
 @pytest.mark.filterwarnings("ignore:.*jit.script. is deprecated")
 @pytest.mark.parametrize("after", [lambda z: z, lambda z: 2 * z], ids=["at once", "after a call"])
-@pytest.mark.parametrize("hidden", ["numpy", "before", "script"])
+@pytest.mark.parametrize("hidden", ["numpy", "before", "before, in place", "script"])
 def test_what_no_observer_can_see_is_an_obstacle_and_says_so(hidden, after):
     layer = double(nn.Linear(4, 3))
     if hidden == "script":
         layer = torch.jit.script(layer)
-    early = layer(X)
+    early, other = layer(X), randn(6, 3).requires_grad_()
     predict = {
         "numpy": lambda: ByNumpy.apply(layer(X)),
         "before": lambda: early,
+        "before, in place": lambda: (2 * other).add_(early),
         "script": lambda: layer(X),
     }[hidden]
     tape, mark, _ = record(layer, lambda: after(predict()))
     assert "made by no torch function that can be observed" in tape.obstacle
     with pytest.raises(RuntimeError, match="cannot be computed again"):
         tape.replay([mark])
+
+
+def test_a_graph_from_before_that_no_prediction_uses_is_no_obstacle():
+    layer = double(nn.Linear(4, 3))
+    early = layer(X).sum()
+
+    def predict():
+        z = layer(X)
+        assert (early * 2).item() == 2 * early.item()
+        return z
+
+    tape, mark, recorded = record(layer, predict)
+    assert tape.obstacle is None
+    assert torch.equal(tape.replay([mark])[0][0], recorded)
 
 
 def test_a_custom_function_made_of_torch_calls_is_replayed():
