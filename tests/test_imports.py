@@ -98,9 +98,12 @@ def in_a_fresh_interpreter(program):
 
 def test_importing_the_package_loads_nothing_that_a_plain_loop_does_without():
     names = repr(sorted(OPTIONAL))
-    assert in_a_fresh_interpreter(
-        f"import sys, ngplugin; print(*[name for name in {names} if name in sys.modules])"
-    ) == []
+    assert (
+        in_a_fresh_interpreter(
+            f"import sys, ngplugin; print(*[name for name in {names} if name in sys.modules])"
+        )
+        == []
+    )
 
 
 def test_every_public_name_is_there_and_no_other():

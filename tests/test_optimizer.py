@@ -52,7 +52,9 @@ def train(model, optimizer, steps, scheduler=None, x=X, y=Y, loss=F.cross_entrop
 
 @pytest.mark.parametrize("make", [network, convolutional])
 @pytest.mark.parametrize("structure", ["auto", "diagonal"])
-@pytest.mark.parametrize(("mode", "sampling"), [("relative", 0.0), ("relative", 1.0), ("absolute", 0)])
+@pytest.mark.parametrize(
+    ("mode", "sampling"), [("relative", 0.0), ("relative", 1.0), ("absolute", 0)]
+)
 def test_a_step_solves_the_damped_block_diagonal_system(mode, sampling, structure, make):
     model = make()
     optimizer = NaturalGradientOptimizer(
@@ -110,7 +112,9 @@ def test_the_identity_is_stochastic_gradient_descent_bit_by_bit(momentum, nester
 
     def groups(model):
         layers = [model[0], model[2]]
-        return [{"params": [*layer.parameters()], "lr": lr} for layer, lr in zip(layers, (0.1, 0.03))]
+        return [
+            {"params": [*layer.parameters()], "lr": lr} for layer, lr in zip(layers, (0.1, 0.03), strict=True)
+        ]
 
     ours = NaturalGradientOptimizer(
         groups(one), momentum=momentum, nesterov=nesterov, structure="identity", kl_radius=None
@@ -539,7 +543,9 @@ def saved(state):
 
 
 def with_dropout():
-    return nn.Sequential(network()[0], nn.Dropout(0.3), nn.Tanh(), network()[2], nn.LayerNorm(3).double())
+    return nn.Sequential(
+        network()[0], nn.Dropout(0.3), nn.Tanh(), network()[2], nn.LayerNorm(3).double()
+    )
 
 
 @pytest.mark.parametrize("split", [6, 13])
@@ -573,7 +579,9 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(structure, wrappe
     assert train(resumed, other, 12, other_scheduler) == straight
     assert torch.equal(flat([*resumed.parameters()]), flat([*model.parameters()]))
     times = ("seconds", "overhead")
-    one, two = ({k: v for k, v in vars(o.report).items() if k not in times} for o in (optimizer, other))
+    one, two = (
+        {k: v for k, v in vars(o.report).items() if k not in times} for o in (optimizer, other)
+    )
     assert one == two
 
 
@@ -603,7 +611,9 @@ def test_a_plain_optimizer_s_state_is_taken_over_and_f_starts_anew():
     sgd = torch.optim.SGD(model.parameters(), lr=0.123, momentum=0.9)
     F.cross_entropy(model(X), Y).backward()
     sgd.step()
-    optimizer = NaturalGradientOptimizer.wrap(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    optimizer = NaturalGradientOptimizer.wrap(
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.load_state_dict(saved(sgd.state_dict()))

@@ -40,7 +40,9 @@ def averages(model, objective, kind, diagonal, samples, draws):
     for i in range(samples):
         fisher, _ = observe(parameters, objective, kind, draws, 100 + i, diagonal)
         for block in fisher.blocks:
-            key = tuple(j for j, p in enumerate(parameters) if any(p is q for q in block.parameters))
+            key = tuple(
+                j for j, p in enumerate(parameters) if any(p is q for q in block.parameters)
+            )
             estimates.setdefault(key, []).append(dense_average(block))
     return {key: torch.stack(found) for key, found in estimates.items()}
 
@@ -94,9 +96,7 @@ def test_a_deep_linear_network_s_blocks_are_exact_for_squared_error(outputs):
     natural = model(x).reshape(-1)
     weights = torch.ones(len(natural)).double()
     dense = dense_fisher(FAMILIES["gaussian"], natural, parameters, weights)
-    found = averages(
-        model, lambda: SUMMED["gaussian"](model(x), y), "propagated", False, 60, 4
-    )
+    found = averages(model, lambda: SUMMED["gaussian"](model(x), y), "propagated", False, 60, 4)
     for key, samples in found.items():
         exact = sub_matrix(dense, parameters, key)
         if outputs == 1:  # signs square to 1: every single draw is exact
@@ -136,9 +136,7 @@ def test_a_grouped_convolution_s_block_is_the_fisher_s_for_one_output_position(k
     parameters = [*model.parameters()]
     natural = model(x).reshape(-1)
     dense = dense_fisher(FAMILIES["gaussian"], natural, parameters, torch.ones(6).double())
-    found = averages(
-        model, lambda: SUMMED["gaussian"](model(x), y), "propagated", False, 60, 4
-    )
+    found = averages(model, lambda: SUMMED["gaussian"](model(x), y), "propagated", False, 60, 4)
     # Groups are independent maps; the Fisher of squared error has nothing between them either.
     assert_mean_is(found[0, 1], dense)
 

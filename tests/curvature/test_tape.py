@@ -94,7 +94,9 @@ def chosen(model, x):
     z = model(x)
     best = z.max(dim=1)
     order = torch.sort(z, dim=1).values
-    return torch.where(z > 0.1, z, order) + best.values[:, None] + z[torch.tensor([1, 0, 3, 2, 5, 4])]
+    return (
+        torch.where(z > 0.1, z, order) + best.values[:, None] + z[torch.tensor([1, 0, 3, 2, 5, 4])]
+    )
 
 
 def functional(model, x):
@@ -170,8 +172,9 @@ CASES = {
     "weight norm": of_module(parametrizations.weight_norm(nn.Linear(4, 3))),
     "out argument": of_module(
         nn.Linear(4, 4),
-        predict=lambda m, x: x
-        @ torch.mul(m.weight.detach(), 2.0, out=torch.empty(4, 4, dtype=x.dtype)),
+        predict=lambda m, x: (
+            x @ torch.mul(m.weight.detach(), 2.0, out=torch.empty(4, 4, dtype=x.dtype))
+        ),
     ),
     "convolution": of_module(
         nn.Sequential(nn.Conv2d(2, 3, 3, padding="same"), nn.MaxPool2d(2), nn.Flatten()), IMAGES
