@@ -94,7 +94,12 @@ def jacobian(outputs: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     for value in outputs.reshape(-1):
         grads = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         rows.append(
-            flat([torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads)])
+            flat(
+                [
+                    torch.zeros_like(p) if g is None else g
+                    for p, g in zip(parameters, grads, strict=True)
+                ]
+            )
         )
     return torch.stack(rows)
 

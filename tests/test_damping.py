@@ -1,6 +1,7 @@
 """Damping schedules and what is refused as one."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -27,7 +28,7 @@ def test_a_path_never_turns_back(path, start, end, steps):
     values = [path(start, end, steps)(step) for step in range(steps + 2)]
     sign = 1 if end >= start else -1
     rounding = 1e-9 * (start + end)
-    assert all(sign * (b - a) >= -rounding for a, b in zip(values, values[1:], strict=False))
+    assert all(sign * (b - a) >= -rounding for a, b in pairwise(values))
 
 
 def test_half_way_is_the_arithmetic_geometric_or_cosine_middle():

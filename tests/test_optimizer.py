@@ -113,7 +113,8 @@ def test_the_identity_is_stochastic_gradient_descent_bit_by_bit(momentum, nester
     def groups(model):
         layers = [model[0], model[2]]
         return [
-            {"params": [*layer.parameters()], "lr": lr} for layer, lr in zip(layers, (0.1, 0.03), strict=True)
+            {"params": [*layer.parameters()], "lr": lr}
+            for layer, lr in zip(layers, (0.1, 0.03), strict=True)
         ]
 
     ours = NaturalGradientOptimizer(
@@ -229,6 +230,20 @@ def test_a_group_added_in_mid_run_is_trained_from_then_on(wrapped):
     train(model, optimizer, 8)
     assert not torch.equal(model[0].weight, before)
     assert optimizer.coverage().totals() == "kronecker: 51 numbers in 4 tensors"
+
+
+def test_a_group_taken_away_in_mid_run_stays_and_is_not_saved():
+    model = network()
+    groups = [{"params": [*layer.parameters()]} for layer in model[::2]]
+    optimizer = NaturalGradientOptimizer(groups)
+    train(model, optimizer, 3)
+    optimizer.param_groups.pop(0)
+    before, last = flat([*model[0].parameters()]), flat([*model[2].parameters()])
+    train(model, optimizer, 3)
+    assert torch.equal(flat([*model[0].parameters()]), before)
+    assert not torch.equal(flat([*model[2].parameters()]), last)
+    state = saved(optimizer.state_dict())
+    NaturalGradientOptimizer(model[2].parameters()).load_state_dict(state)
 
 
 def test_frozen_parameters_stay_and_are_shown_as_frozen():

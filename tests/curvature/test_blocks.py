@@ -21,9 +21,10 @@ DAMPINGS = [
 
 def kronecker(layout, bias=True, steps=3):
     """A block after a few statistics of different batch sizes, decay 0.8."""
-    if layout == "linear":
-        weight = nn.Parameter(randn(3, 5))
-        inputs = [randn(4 + i, 5, seed=i) for i in range(steps)]
+    if layout in ("linear", "widening"):
+        out, into = {"linear": (3, 5), "widening": (7, 3)}[layout]
+        weight = nn.Parameter(randn(out, into))
+        inputs = [randn(4 + i, into, seed=i) for i in range(steps)]
         function, options, groups = F.linear, {}, 1
     else:
         groups = {"conv2d": 1, "grouped": 2}[layout]
@@ -51,6 +52,7 @@ def diagonal():
 BLOCKS = {
     "linear": lambda: kronecker("linear"),
     "linear without bias": lambda: kronecker("linear", bias=False),
+    "linear with more outputs": lambda: kronecker("widening"),
     "conv2d": lambda: kronecker("conv2d"),
     "grouped conv2d": lambda: kronecker("grouped"),
     "grouped conv2d without bias": lambda: kronecker("grouped", bias=False),

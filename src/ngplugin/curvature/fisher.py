@@ -223,7 +223,10 @@ class Fisher:
     # -- saving --------------------------------------------------------------------------------
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """One entry a block; parameters are named by their place in `parameters`."""
+        """One entry a block; parameters are named by their place in `parameters`.
+
+        A block of a parameter that is no longer there, its group having been removed, is left out.
+        """
         place = {id(p): i for i, p in enumerate(self.parameters)}
         return [
             {
@@ -232,6 +235,7 @@ class Fisher:
                 **block.state_dict(),
             }
             for block in self.blocks
+            if all(id(p) in place for p in block.parameters)
         ]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
