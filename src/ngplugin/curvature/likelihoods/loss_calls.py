@@ -132,9 +132,8 @@ def _cross_entropy(
         if label_smoothing:
             spread = label_smoothing / classes * class_weight
             mass = (1 - label_smoothing) * own + spread.sum() * counted
-            q = spread.expand(len(y), -1) + (1 - label_smoothing) * F.one_hot(
-                y, classes
-            ) * own.unsqueeze(-1)
+            q = spread.expand(len(y), classes).clone()
+            q.scatter_add_(1, y.unsqueeze(1), ((1 - label_smoothing) * own).unsqueeze(1))
             scored = q / mass.clamp_min(torch.finfo(dtype).tiny).unsqueeze(-1)
     return LossCall(name, Categorical, (input,), _class_rows, scored, mass, divisor)
 
