@@ -510,6 +510,15 @@ def test_a_loss_that_is_not_recognised_gets_the_empirical_fisher_and_says_so():
     assert (row.block, row.reason) == ("empirical diagonal", "reached by no recognised loss")
 
 
+def test_the_empirical_fisher_is_the_squared_gradient_over_the_sum_of_squared_weights():
+    model, extra = network(), nn.Parameter(torch.ones(3).double())
+    optimizer = NaturalGradientOptimizer([*model.parameters(), extra])
+    train(model, optimizer, 1, loss=lambda z, y: 2 * F.cross_entropy(z, y) + (extra**2).sum())
+    block = optimizer._engine.fisher.block(extra)
+    # 24 terms that weigh 2/24 each.
+    torch.testing.assert_close(block._average.value, extra.grad**2 / (24 * (2 / 24) ** 2))
+
+
 def test_the_coverage_names_every_parameter_and_counts_a_shared_block_once():
     model = network()
     optimizer = NaturalGradientOptimizer(
