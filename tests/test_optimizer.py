@@ -579,7 +579,7 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(structure, wrappe
     def fresh():
         model = with_dropout()
         options = {"structure": structure, "statistics_every": 3, "refresh_every": 4}
-        options |= {"fisher": "sampled", "spectrum_every": 5}
+        options |= {"fisher": "sampled"}
         if wrapped:
             base = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
             optimizer = NaturalGradientOptimizer.wrap(base, **options)
