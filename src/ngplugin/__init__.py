@@ -1,5 +1,7 @@
 """Natural-gradient training for PyTorch and Lightning."""
 
+from typing import TYPE_CHECKING, Any
+
 from ngplugin.damping import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping
 from ngplugin.errors import (
     NgpluginError,
@@ -7,9 +9,11 @@ from ngplugin.errors import (
     StepOrderError,
     UnsupportedTrainerError,
 )
-from ngplugin.lightning import NaturalGradient
 from ngplugin.optimizer import NaturalGradientOptimizer
 from ngplugin.report import Coverage, StepReport
+
+if TYPE_CHECKING:
+    from ngplugin.lightning import NaturalGradient
 
 __all__ = [
     "ConstantDamping",
@@ -25,3 +29,12 @@ __all__ = [
     "StepReport",
     "UnsupportedTrainerError",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the callback when it is first asked for; a plain loop does without Lightning."""
+    if name == "NaturalGradient":
+        from ngplugin.lightning import NaturalGradient
+
+        return NaturalGradient
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -313,9 +313,10 @@ class NaturalGradientStep:
             product = self.fisher.product(delta)
         else:  # then F d is at hand, and F Δ differs from it by what decays
             product = {id(m.parameter): m.curved * m.lr for m in moves if m.curved is not None}
-            decayed = {id(m.parameter): m.parameter * m.decay for m in moves if m.decay}
-            for key, part in self.fisher.product(decayed).items():
-                product[key] = product[key] + part
+            if any(m.decay for m in moves):  # all of them: a weight's decay curves its bias too
+                decayed = {id(m.parameter): m.parameter * m.decay for m in moves}
+                for key, part in self.fisher.product(decayed).items():
+                    product[key] = product[key] + part
         zero = torch.zeros((), device=moves[0].direction.device)
         return _sum([zero, *(_dot(delta[key], part) for key, part in product.items())])
 

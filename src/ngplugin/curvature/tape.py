@@ -108,9 +108,12 @@ class Tape:
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         if not any(id(t) in self._parameters or t in self._slots for t in inputs):
             result = function(*args, **kwargs)
+            origin_known = all(map(self._origin_known, inputs))
             for tensor in tensors_in(result):
-                if tensor.grad_fn is not None:
+                if origin_known and tensor.grad_fn is not None:
                     self._constants[tensor] = True
+                else:  # what comes of an unknown tensor is unknown, should it ever be used
+                    self._constants.pop(tensor, None)
             return result
 
         name = getattr(function, "__name__", "")
@@ -221,10 +224,13 @@ class Tape:
         if slot is not None:
             self._originals[slot] = original
 
+    def _origin_known(self, t: Tensor) -> bool:
+        known = t in self._slots or t in self._constants or id(t) in self._parameters
+        return known or t.grad_fn is None
+
     def _check_origin(self, tensors: Sequence[Tensor], name: str) -> None:
         for t in tensors:
-            known = t in self._slots or t in self._constants or id(t) in self._parameters
-            if t.grad_fn is not None and not known:
+            if not self._origin_known(t):
                 self.obstacle = (
                     f"a tensor of shape {tuple(t.shape)} that enters `{name}` was made by no torch "
                     "function that can be observed (a custom autograd.Function, a scripted module, "

@@ -36,10 +36,10 @@ class DampedFactor:
         factor, failed = torch.linalg.cholesky_ex(damped)
         if failed.any():  # once more, on the CPU because not every device knows float64
             factor, failed = torch.linalg.cholesky_ex(damped.cpu().double())
+            if failed.any():  # the inverse of a factor with a zero on its diagonal would raise
+                return None
         inverse = torch.cholesky_inverse(factor).to(matrix)
-        if failed.any() or not finite(inverse):
-            return None
-        return DampedFactor(matrix, damping, inverse)
+        return DampedFactor(matrix, damping, inverse) if finite(inverse) else None
 
 
 class KroneckerBlock(Block):

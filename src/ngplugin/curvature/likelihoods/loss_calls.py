@@ -180,7 +180,7 @@ def _binary(
     y = target.to(torch.promote_types(input.dtype, torch.float32))
     positive = y if pos_weight is None else y * pos_weight
     mass = positive + (1 - y)
-    scored = positive / mass
+    scored = positive / mass.clamp_min(torch.finfo(mass.dtype).tiny)  # mass 0: pos_weight is 0
     if weight is not None:
         mass = mass * weight
     divisor = _divisor(reduction, input.numel(), input)

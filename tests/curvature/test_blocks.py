@@ -1,0 +1,261 @@
+"""Damped inverses, products and eigenvalues against dense linear algebra."""
+
+import pytest
+import torch
+from torch import nn
+
+from ngplugin.curvature.blocks import BlockDamping, DiagonalBlock, KroneckerBlock
+from ngplugin.curvature.taps import read_map_call
+from tests.oracle import dense_average, dense_damped, flat, randn
+
+F = torch.nn.functional
+
+DAMPINGS = [
+    BlockDamping(0.3, "relative", 0.0),
+    BlockDamping(0.3, "relative", 1.0),
+    BlockDamping(0.0, "relative", 2.0),
+    BlockDamping(0.3, "absolute"),
+    BlockDamping(1e-4, "absolute"),
+]
+
+
+def kronecker(layout, bias=True, steps=3):
+    """A block after a few statistics of different batch sizes, decay 0.8."""
+    if layout == "linear":
+        weight = nn.Parameter(randn(3, 5))
+        inputs = [randn(4 + i, 5, seed=i) for i in range(steps)]
+        function, options, groups = F.linear, {}, 1
+    else:
+        groups = {"conv2d": 1, "grouped": 2}[layout]
+        weight = nn.Parameter(randn(4, 4 // groups, 2, 2))
+        inputs = [randn(2 + i, 4, 3, 4, seed=i) for i in range(steps)]
+        function, options = F.conv2d, {"groups": groups}
+    offset = nn.Parameter(randn(weight.shape[0])) if bias else None
+    block = KroneckerBlock(weight, offset, groups)
+    for i, x in enumerate(inputs):
+        output = function(x, weight, offset, **options)
+        call = read_map_call(function, (x, weight, offset), options)
+        block.add_map_score(call, randn(*output.shape, seed=20 + i), 1.0)
+        assert block.fold(5.0 + i, 0.8)
+    return block
+
+
+def diagonal():
+    block = DiagonalBlock(nn.Parameter(randn(3, 4)))
+    for i in range(3):
+        block.add_gradient_score(randn(3, 4, seed=i), 1.0)
+        assert block.fold(2.0, 0.8)
+    return block
+
+
+BLOCKS = {
+    "linear": lambda: kronecker("linear"),
+    "linear without bias": lambda: kronecker("linear", bias=False),
+    "conv2d": lambda: kronecker("conv2d"),
+    "grouped conv2d": lambda: kronecker("grouped"),
+    "grouped conv2d without bias": lambda: kronecker("grouped", bias=False),
+    "diagonal": diagonal,
+}
+every_block = pytest.mark.parametrize("name", BLOCKS)
+every_damping = pytest.mark.parametrize("damping", DAMPINGS, ids=str)
+
+
+def vectors(block, seed=50):
+    return [randn(*p.shape, seed=seed + i) for i, p in enumerate(block.parameters)]
+
+
+@every_damping
+@every_block
+def test_preconditioning_solves_the_dense_damped_system(name, damping):
+    block = BLOCKS[name]()
+    if name == "diagonal" and damping.value == 0:
+        damping = BlockDamping(0.1, damping.mode, damping.sampling)
+    assert block.refresh(damping)
+    g = vectors(block)
+    direction, product = block.precondition(g)
+    dense = dense_damped(block, damping.value, damping.mode, damping.sampling)
+    exact = torch.linalg.solve(dense, flat(g))
+    torch.testing.assert_close(flat(direction), exact, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(flat(product), dense_average(block) @ exact, rtol=1e-8, atol=1e-10)
+    assert [t.shape for t in direction] == [p.shape for p in block.parameters]
+
+
+@every_block
+def test_the_product_is_with_the_undamped_matrix(name):
+    block = BLOCKS[name]()
+    block.refresh(BlockDamping(0.5))
+    v = vectors(block)
+    torch.testing.assert_close(flat(block.product(v)), dense_average(block) @ flat(v))
+
+
+@every_damping
+@every_block
+def test_extreme_eigenvalues_are_those_of_the_dense_matrices(name, damping):
+    block = BLOCKS[name]()
+    block.refresh(damping)
+    low, high, damped_low, damped_high = block.extreme_eigenvalues()
+    plain = torch.linalg.eigvalsh(dense_average(block))
+    dense = dense_damped(block, damping.value, damping.mode, damping.sampling)
+    damped = torch.linalg.eigvalsh(dense)
+    for ours, exact in ((high, plain[-1]), (damped_low, damped[0]), (damped_high, damped[-1])):
+        torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-12)
+    assert float((low - plain[0]).abs()) < 1e-10 * float(high)
+
+
+@every_block
+def test_the_mean_eigenvalue_is_the_trace_over_the_size(name):
+    block = BLOCKS[name]()
+    dense = dense_average(block)
+    torch.testing.assert_close(block.mean_eigenvalue(), dense.trace() / len(dense))
+
+
+def test_relative_damping_is_free_of_scale_and_absolute_damping_is_not():
+    def direction(mode, scale):
+        block = kronecker("linear", steps=0)
+        x = randn(8, 5, seed=1)
+        call = read_map_call(F.linear, (x, *block.parameters), {})
+        block.add_map_score(call, scale * randn(8, 3, seed=2), 1.0)
+        block.fold(1.0, 0.0)
+        block.refresh(BlockDamping(0.1, mode))
+        return flat(block.precondition(vectors(block))[0])
+
+    torch.testing.assert_close(direction("relative", 10.0) * 100, direction("relative", 1.0))
+    assert not torch.allclose(direction("absolute", 10.0) * 100, direction("absolute", 1.0))
+
+
+def test_absolute_damping_adds_lambda_and_cross_terms_only():
+    block = kronecker("linear")
+    block.refresh(BlockDamping(0.3, "absolute"))
+    excess = dense_damped(block, 0.3, "absolute") - dense_average(block) - 0.3 * torch.eye(18)
+    assert float(torch.linalg.eigvalsh(excess)[0]) > 0
+    A, G = block.factors
+    torch.testing.assert_close(A.damping * G.damping, torch.full((1, 1, 1), 0.3).double())
+
+
+def test_the_floor_lifts_the_damping_of_a_block_whose_fisher_has_vanished():
+    block = kronecker("linear")
+    mean = float(block.mean_eigenvalue())
+    block.refresh(BlockDamping(0.1, floor=100 * mean))
+    A, G = block.factors
+    mean_A = float(A.matrix.diagonal(dim1=1, dim2=2).mean())
+    assert float(A.damping * G.damping) == pytest.approx(0.1**2 * 100 * mean)
+    assert float(A.damping) == pytest.approx(0.1 * mean_A)
+    block = diagonal()
+    block.refresh(BlockDamping(0.1, floor=100 * float(block.mean_eigenvalue())))
+    assert float(block._damping) == pytest.approx(10 * float(block.mean_eigenvalue()))
+
+
+@every_block
+def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
+    block = BLOCKS[name]()
+    block.refresh(BlockDamping(0.2))
+    old, v = flat(block.product(vectors(block))), vectors(block)
+    before = float(dense_average(block).trace())
+    if isinstance(block, DiagonalBlock):
+        block.add_gradient_score(10 * randn(3, 4), 1.0)
+    else:
+        block._added = (
+            9 * block._average_A.value,
+            torch.ones_like(block._average_rows.value),
+            90 * block._average_G.value,
+        )
+    block.fold(1.0, 0.5)
+    # Groups share the growth here, since every group's factors were scaled alike.
+    growth = float(dense_average(block).trace()) / before
+    assert growth > 2
+    torch.testing.assert_close(flat(block.product(v)), growth * old)
+    direction, product = block.precondition(v)
+    torch.testing.assert_close(flat(product), flat(block.product(direction)))
+
+
+@every_block
+def test_a_statistic_that_is_not_finite_is_dropped(name):
+    block = BLOCKS[name]()
+    before = dense_average(block)
+    if isinstance(block, DiagonalBlock):
+        block.add_gradient_score(torch.full((3, 4), torch.nan).double(), 1.0)
+    else:
+        A, rows, G = block._average_A.value, block._average_rows.value, block._average_G.value
+        G[0, 0, 0] = torch.inf
+        block._added = A, rows, G
+    assert not block.fold(1.0, 0.5)
+    assert torch.equal(dense_average(block), before)
+    assert block.fold(1.0, 0.5)  # it is gone, and nothing was added since
+    assert torch.equal(dense_average(block), before)
+
+
+@every_block
+def test_what_is_discarded_is_never_folded(name):
+    block = BLOCKS[name]()
+    before = dense_average(block)
+    block._added = object()
+    block.discard()
+    assert block.fold(1.0, 0.5)
+    assert torch.equal(dense_average(block), before)
+
+
+@pytest.mark.parametrize("eigenvalue", [-1.0, 0.0])
+def test_a_failed_factorization_keeps_the_old_inverse(eigenvalue):
+    block = kronecker("linear")
+    assert block.refresh(BlockDamping(0.1))
+    v = vectors(block)
+    before = flat(block.precondition(v)[0])
+    block._average_A._sum.zero_()[0].fill_diagonal_(eigenvalue)
+    assert not block.refresh(BlockDamping(0.0))
+    assert torch.equal(flat(block.precondition(v)[0]), before)
+
+
+def test_a_matrix_that_is_singular_in_float32_is_factorized_in_float64():
+    # [[1, a], [a, c]] with c = a² rounded up to float32, so that c - a² vanishes there.
+    a = 1 + 5 / 2**14
+    A = torch.tensor([[[1.0, a], [a, a * a]]])
+    assert float(A[0, 1, 1]) > a * a
+    block = KroneckerBlock(nn.Parameter(torch.randn(1, 2)), None, 1)
+    block._added = A, torch.ones(1, 1, 1), torch.ones(1, 1, 1)
+    block.fold(1.0, 0.0)
+    assert block.refresh(BlockDamping(0.0))
+    inverse = block.factors[0].inverse
+    assert inverse.dtype == torch.float32
+    torch.testing.assert_close(inverse, torch.linalg.inv(A.double()).float(), rtol=1e-3, atol=0)
+
+
+def test_an_element_that_no_prediction_depends_on_does_not_move():
+    block = DiagonalBlock(nn.Parameter(randn(3)))
+    block.add_gradient_score(torch.tensor([1.0, 0.0, 2.0]).double(), 1.0)
+    block.fold(1.0, 0.0)
+    block.refresh(BlockDamping(0.0))
+    (direction,), _ = block.precondition([torch.ones(3).double()])
+    assert direction.tolist() == [1.0, 0.0, 0.25]
+
+
+@every_block
+def test_a_saved_block_gives_the_same_products_and_the_same_future(name):
+    one, other = BLOCKS[name](), None
+    one.refresh(BlockDamping(0.2))
+    if isinstance(one, DiagonalBlock):
+        other = DiagonalBlock(one.parameters[0])
+    else:
+        other = KroneckerBlock(one.parameters[0], one._bias, one.groups)
+    other.load_state_dict(one.state_dict())
+    v = vectors(one)
+    for block in (one, other):
+        block.refresh(BlockDamping(0.1))
+    for ours, theirs in zip(one.precondition(v), other.precondition(v), strict=True):
+        assert torch.equal(flat(ours), flat(theirs))
+
+
+def test_blocks_of_bfloat16_parameters_are_kept_in_float32():
+    weight = nn.Parameter(torch.randn(3, 5).bfloat16())
+    block = KroneckerBlock(weight, None, 1)
+    x = torch.randn(4, 5).bfloat16()
+    block.add_map_score(read_map_call(F.linear, (x, weight), {}), torch.randn(4, 3).bfloat16(), 1.0)
+    block.fold(1.0, 0.9)
+    block.refresh(BlockDamping(0.1))
+    assert block.factors[0].matrix.dtype == torch.float32
+    (direction,), _ = block.precondition([torch.randn(3, 5).bfloat16()])
+    assert direction.dtype == torch.bfloat16
+
+
+def test_the_numbers_kept_are_counted():
+    assert kronecker("grouped").numel() == 3 * 2 * (9**2 + 2**2)
+    assert diagonal().numel() == 24

@@ -1,0 +1,78 @@
+"""Damping schedules and what is refused as one."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ngplugin import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping, OptionError
+from ngplugin.damping import as_schedule, damping_at
+
+PATHS = [LinearDamping, ExponentialDamping, CosineDamping]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.integers(1, 500))
+def test_a_path_runs_from_start_to_end_and_stays_there(path, start, end, steps):
+    schedule = path(start, end, steps)
+    assert schedule(0) == pytest.approx(start)
+    assert schedule(steps) == pytest.approx(end)
+    assert schedule(steps + 1000) == pytest.approx(end)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(st.floats(1e-6, 1e3), st.floats(1e-6, 1e3), st.integers(1, 30))
+def test_a_path_never_turns_back(path, start, end, steps):
+    values = [path(start, end, steps)(step) for step in range(steps + 2)]
+    sign = 1 if end >= start else -1
+    rounding = 1e-9 * (start + end)
+    assert all(sign * (b - a) >= -rounding for a, b in zip(values, values[1:], strict=False))
+
+
+def test_half_way_is_the_arithmetic_geometric_or_cosine_middle():
+    assert LinearDamping(1.0, 0.0, 10)(5) == pytest.approx(0.5)
+    assert ExponentialDamping(1.0, 0.01, 10)(5) == pytest.approx(0.1)
+    assert CosineDamping(1.0, 0.0, 10)(5) == pytest.approx(0.5)
+    assert CosineDamping(1.0, 0.0, 4)(1) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+
+
+def test_a_number_is_constant_and_a_function_is_taken_as_it_is():
+    assert as_schedule(0.3)(10**9) == 0.3
+    assert as_schedule(1) == ConstantDamping(1.0)
+    assert damping_at(lambda step: step / 4, 2) == 0.5
+
+
+@pytest.mark.parametrize("bad", [-1.0, math.nan, math.inf])
+def test_bad_numbers_are_refused_wherever_they_enter(bad):
+    for make in (
+        lambda: as_schedule(bad),
+        lambda: ConstantDamping(bad),
+        lambda: LinearDamping(bad, 1.0, 3),
+        lambda: CosineDamping(1.0, bad, 3),
+        lambda: damping_at(lambda step: bad, 7),
+    ):
+        with pytest.raises(OptionError, match=str(bad)):
+            make()
+
+
+def test_what_is_no_damping_is_refused_with_an_example():
+    for bad in ("big", None, True, [1.0]):
+        with pytest.raises(OptionError, match="ExponentialDamping"):
+            as_schedule(bad)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_of_no_steps_is_refused(path):
+    with pytest.raises(OptionError, match="steps=0"):
+        path(1.0, 0.5, 0)
+
+
+def test_an_exponential_path_to_zero_is_refused_naming_the_way_out():
+    with pytest.raises(OptionError, match="LinearDamping"):
+        ExponentialDamping(1.0, 0.0, 10)
+
+
+def test_a_schedule_s_bad_value_names_its_step():
+    with pytest.raises(OptionError, match="at step 7"):
+        damping_at(lambda step: -1.0, 7)

@@ -1,0 +1,95 @@
+"""Every bad value is refused where it enters, naming what came and what is allowed."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from ngplugin import NaturalGradientOptimizer, NgpluginError, OptionError
+from ngplugin.options import Options
+
+NOT_NUMBERS = ["0.5", True, math.nan, math.inf]
+BAD = {
+    "momentum": [-0.1, 1.0, None, *NOT_NUMBERS],
+    "kl_radius": [0.0, -1.0, *NOT_NUMBERS],
+    "damping": [-0.1, None, "0.5", True, math.nan, math.inf],
+    "sampling_damping": [-0.1, None, *NOT_NUMBERS],
+    "decay": [-0.1, 1.0, None, *NOT_NUMBERS],
+    "noise_variance": [0.0, -1.0, None, *NOT_NUMBERS],
+    "damping_mode": ["relativ", None, 1],
+    "fisher": ["empirical", "sample", None],
+    "structure": ["kronecker", "Auto", None],
+    "draws": [0, -1, 1.0, True, "1", None],
+    "measure_every": [0, 2.5, True],
+    "statistics_every": [0, 2.5, True],
+    "refresh_every": [0, 2.5, True],
+    "spectrum_every": [0, 2.5, True],
+    "burn_in": [-1, 0.5, True],
+    "seed": [-1, 0.5, True],
+}
+ALLOWED = {
+    "damping_mode": ["relative", "absolute"],
+    "fisher": ["sampled", "propagated"],
+    "structure": ["auto", "diagonal", "identity"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values]
+)
+def test_a_bad_option_is_refused_by_name_and_value(name, value):
+    for make in (
+        lambda: Options(**{name: value}),
+        lambda: NaturalGradientOptimizer([nn.Parameter(torch.ones(1))], **{name: value}),
+    ):
+        with pytest.raises(OptionError) as refusal:
+            make()
+        message = str(refusal.value)
+        assert f"{name}={value!r}" in message
+        for word in ALLOWED.get(name, ["expected a"]):
+            assert word in message
+
+
+def test_every_option_has_bad_values_that_are_tried():
+    fields = set(Options.__dataclass_fields__) - {"nesterov"}
+    assert fields == set(BAD)
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "1"])
+def test_a_bad_rate_is_refused(name, value):
+    with pytest.raises(OptionError, match=f"{name}="):
+        NaturalGradientOptimizer([nn.Parameter(torch.ones(1))], **{name: value})
+
+
+def test_a_near_miss_is_answered_with_the_nearest_choice():
+    with pytest.raises(OptionError, match="did you mean 'propagated'"):
+        Options(fisher="propagate")
+
+
+def test_boundaries_are_allowed():
+    Options(momentum=0, sampling_damping=0, decay=0, burn_in=0, seed=0, damping=0, kl_radius=None)
+    Options(noise_variance=1e-9, draws=1)
+    assert Options(noise_variance="auto").noise_variance == "auto"
+
+
+def test_wrap_refuses_what_it_cannot_wrap():
+    p = nn.Parameter(torch.ones(1))
+    with pytest.raises(OptionError, match=r"wrap\(list\)"):
+        NaturalGradientOptimizer.wrap([p])
+    with pytest.raises(OptionError, match="already"):
+        NaturalGradientOptimizer.wrap(NaturalGradientOptimizer([p]))
+    with pytest.raises(OptionError, match="did you mean 'kl_radius'"):
+        NaturalGradientOptimizer.wrap(torch.optim.SGD([p], lr=1.0), kl_raduis=0.1)
+    with pytest.raises(OptionError, match="lr=0"):
+        NaturalGradientOptimizer.wrap(torch.optim.SGD([p], lr=1.0), lr=0)
+
+
+def test_option_errors_are_value_errors_too():
+    assert issubclass(OptionError, ValueError)
+    assert issubclass(OptionError, NgpluginError)
+
+
+def test_the_optimizer_s_defaults_are_those_of_the_options():
+    assert NaturalGradientOptimizer([nn.Parameter(torch.ones(1))]).options == Options()
