@@ -70,7 +70,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _make(node: DictConfig, **more: Any) -> Any:
-    # Plain lists and dicts: an optimizer that holds OmegaConf's makes checkpoints no one can load.
+    # Plain lists and dicts: OmegaConf's own could end up in checkpoints, which then do not load.
     return instantiate(node, _convert_="all", **more)
 
 

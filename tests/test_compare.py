@@ -10,6 +10,8 @@ import torch
 
 from experiments import compare
 from experiments.compare import Curve
+from experiments.tasks.digits import Digits
+from experiments.tasks.networks import cnn
 
 
 def test_a_race_leaves_its_numbers_and_a_figure(
@@ -32,12 +34,20 @@ def test_a_race_leaves_its_numbers_and_a_figure(
 
 
 def test_evaluation_leaves_training_as_it_was() -> None:
-    task = compare.TASKS["digits_mlp"]
+    # BatchNorm is what an evaluation could disturb.
     runs = [
-        compare.run(compare.Task(task.data, task.network, 12, points), "adamw", 0.01, 0, "cosine")
+        compare.run(compare.Task(Digits, cnn, 12, points), "adamw", 0.01, 0, "cosine")
         for points in (12, 1)
     ]
     assert runs[0].losses[-1] == runs[1].losses[-1]
+
+
+def test_evaluation_ends_in_training_mode() -> None:
+    data = Digits()
+    data.setup()
+    network = cnn(data.shape, data.classes)
+    compare.training_loss(network, data)
+    assert all(module.training for module in network.modules())
 
 
 def test_the_best_learning_rate_is_looked_for_beyond_the_grid(

@@ -1,5 +1,6 @@
 """Natural-gradient training for PyTorch and Lightning."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ngplugin.damping import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping
@@ -29,6 +30,11 @@ __all__ = [
     "StepReport",
     "UnsupportedTrainerError",
 ]
+
+# An editable installation has no `conf` in the package; then the checkout's own is `ngplugin.conf`.
+_checkout = Path(__file__).resolve().parents[2]
+if not Path(__file__).with_name("conf").is_dir() and (_checkout / "conf/optimizer").is_dir():
+    __path__.append(str(_checkout))
 
 
 def __getattr__(name: str) -> Any:
