@@ -332,6 +332,13 @@ def test_without_a_scheduler_the_peak_is_the_largest_rate_seen():
         before, p.grad = p.detach().clone(), torch.ones(3).double()
         optimizer.step()
         torch.testing.assert_close(before - p.detach(), share * p.grad)
+    resumed = NaturalGradientOptimizer.wrap(
+        torch.optim.SGD([p], lr=9.0), structure="identity", kl_radius=None, momentum=0.0
+    )
+    resumed.load_state_dict(saved(optimizer.state_dict()))
+    before = p.detach().clone()
+    resumed.step()
+    torch.testing.assert_close(before - p.detach(), 0.5 * p.grad)
 
 
 def test_wrapping_keeps_the_wrapped_optimizer_s_objects_and_its_decay():
