@@ -56,7 +56,7 @@ class NaturalGradientOptimizer(Optimizer):
         weight_decay: decoupled, per unit of lr.
         kl_radius: bound on the KL of a step, nats per term; None for no bound. A term is one
             element of the loss as `reduction="none"` would give it. Where the prediction is
-            nearer to the data than half a nat, the bound is `kl_radius` times twice that KL.
+            nearer to the data than half a nat, the bound falls with it; see `TrustRegion`.
         measure_every: the most steps between measurements of the KL, each one more forward pass;
             fewer where the prediction is off, and those of the first ten steps are all measured.
         damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`.
