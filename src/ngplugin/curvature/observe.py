@@ -78,7 +78,7 @@ class ScoredLoss:
 
     def nll(self) -> Tensor:
         """Σ_i w_i KL(data ‖ p_θ) at unit dispersion, nats; a scalar."""
-        return (self.weights * self.likelihood.nll(self.call.target)).sum()
+        return (self.weights * self.likelihood.divergence(self.call.target)).sum()
 
     def dispersion(self, noise_variance: float | Literal["auto"]) -> Tensor:
         """The likelihood's dispersion, as given or estimated from these targets; a scalar."""

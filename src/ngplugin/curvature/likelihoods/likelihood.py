@@ -47,8 +47,16 @@ class Likelihood(ABC):
         """-log p(target | η) of every term, less its smallest value over η; nats, `[terms]`.
 
         So it is the divergence of the prediction from the data, KL(data ‖ p), and 0 where the
-        prediction can get no better; twice it is the deviance.
+        prediction can get no better; twice it is the deviance. A density of variable width has no
+        smallest value; see `divergence`.
         """
+
+    def divergence(self, target: Tensor) -> Tensor:
+        """How far the prediction is from the data, never negative; nats, `[terms]`.
+
+        The `nll`, except where that has no smallest value over η.
+        """
+        return self.nll(target)
 
     def dispersion(
         self, target: Tensor, weight: Tensor, noise_variance: float | Literal["auto"]
