@@ -252,10 +252,10 @@ def test_divergences_from_soft_targets_are_what_is_observed(shape, dim, log_targ
 
 
 def test_a_divergence_weighs_its_terms_by_what_was_done_to_their_classes():
-    z, q = randn(4, 3).requires_grad_(), randn(4, 3, seed=1).softmax(1)
-    g = randn(4, 3, seed=2).abs()
+    z, q = randn(4, 3, 2).requires_grad_(), randn(4, 3, 2, seed=1).softmax(1)
+    g = randn(4, 3, 2, seed=2).abs()
     call = read_loss_call(F.kl_div, (z.log_softmax(1), q), {"reduction": "none"})
-    torch.testing.assert_close(call.weights(g), (g * q).sum(1))
+    torch.testing.assert_close(call.weights(g), (g * q).sum(1).reshape(-1))
 
 
 def test_a_divergence_of_what_is_no_probability_says_nothing():

@@ -12,13 +12,14 @@ and returns a `LossCall`, or None where the loss says nothing about a model (no 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood
+from ngplugin.curvature.likelihoods.likelihood import FisherKind, Likelihood, Prediction
 
 
 def flat(t: Tensor) -> Tensor:
@@ -26,8 +27,45 @@ def flat(t: Tensor) -> Tensor:
     return t.reshape(-1)
 
 
+class ScoredCall(ABC):
+    """One observed call that scores a prediction.
+
+    Attributes:
+        name: of the function.
+        predictions: what the model computed, with its graph.
+        target: what the prediction's `nll` scores.
+    """
+
+    name: str
+    predictions: tuple[Tensor, ...]
+    target: Tensor
+
+    @abstractmethod
+    def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Prediction:
+        """The predictive distribution, detached, in float32 or wider."""
+
+    @abstractmethod
+    def weights(self, gradient: Tensor) -> Tensor:
+        """w, `[terms]`: how often the objective counts each term's -log p.
+
+        A term that is subtracted from the objective still has a positive Fisher information, so
+        the sign is dropped.
+
+        Args:
+            gradient: d(objective)/d(the call's value), of the value's shape.
+        """
+
+    @abstractmethod
+    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Σ_i √w_i s_i, with a random score s_i of each term, as d/d(each prediction)."""
+
+    @abstractmethod
+    def detached(self) -> ScoredCall:
+        """The same without any graph."""
+
+
 @dataclass(frozen=True)
-class LossCall:
+class LossCall(ScoredCall):
     """One observed loss.
 
     Attributes:
@@ -52,25 +90,32 @@ class LossCall:
     layout: Callable[[Tensor], Tensor] = flat
 
     def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Likelihood:
-        """The predictive distribution, detached, in float32 or wider."""
+        """The family at the natural parameters."""
         tensors = self.predictions if predictions is None else predictions
         return self.family(self.natural(*(widened(t.detach()) for t in tensors)))
 
     def weights(self, gradient: Tensor) -> Tensor:
-        """w, `[terms]`: how often the objective counts each term's -log p.
-
-        Args:
-            gradient: d(objective)/d(loss value), of the loss value's shape.
-
-        A term that is subtracted from the objective still has a positive Fisher information, so
-        the sign is dropped.
-        """
+        """|d(objective)/d(element)| times the element's mass."""
         gradient = widened(gradient).abs()
         if self.divisor is None:
             weights = self.layout(gradient) * self.mass
         else:
             weights = gradient * self.mass / self.divisor
         return weights if weights.dim() == 1 else weights.sum(-1)
+
+    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """A score of the natural parameters, carried back to the predictions."""
+        likelihood = self.likelihood()
+        score = {
+            "sampled": likelihood.sampled_score,
+            "propagated": likelihood.propagated_score,
+        }[kind](generator)
+        root = weights.sqrt().reshape(-1, *[1] * (score.dim() - 1))
+        return self.pull_back(root * score)
+
+    def detached(self) -> LossCall:
+        """The same with detached predictions."""
+        return replace(self, predictions=tuple(t.detach() for t in self.predictions))
 
     def pull_back(self, score: Tensor) -> list[Tensor]:
         """Carry d/d(natural parameters), of η's shape, to d/d(each prediction)."""
