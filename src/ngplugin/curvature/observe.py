@@ -24,14 +24,20 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
-from ngplugin.curvature.likelihoods import Likelihood, LossCall, read_loss_call
+from ngplugin.curvature.likelihoods import FisherKind as FisherKind
+from ngplugin.curvature.likelihoods import (
+    Prediction,
+    ScoredCall,
+    read_log_prob,
+    read_loss_call,
+    watching_log_prob,
+)
 from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
 from ngplugin.curvature.tape import Mark, Tape
 from ngplugin.curvature.taps import MapCall, read_map_call
-
-FisherKind = Literal["sampled", "propagated"]
 
 
 class ScoreSink(Protocol):
@@ -61,8 +67,8 @@ class ScoredLoss:
         mark: where the tape has the predictions.
     """
 
-    call: LossCall
-    likelihood: Likelihood
+    call: ScoredCall
+    likelihood: Prediction
     weights: Tensor
     mark: Mark | None
 
@@ -78,7 +84,7 @@ class ScoredLoss:
 
     def nll(self) -> Tensor:
         """Σ_i w_i KL(data ‖ p_θ) at unit dispersion, nats; a scalar."""
-        return (self.weights * self.likelihood.nll(self.call.target)).sum()
+        return (self.weights * self.likelihood.divergence(self.call.target)).sum()
 
     def dispersion(self, noise_variance: float | Literal["auto"]) -> Tensor:
         """The likelihood's dispersion, as given or estimated from these targets; a scalar."""
@@ -134,6 +140,7 @@ class Observer(TorchFunctionMode):
         self._draws = draws
         self._generator = generator
         self._paused = False
+        self._in_log_prob = False
         self._contexts = ExitStack()
         self.observation = Observation(Tape(parameters) if record else None)
 
@@ -142,6 +149,7 @@ class Observer(TorchFunctionMode):
         if "torch._dynamo" in sys.modules:
             # Compiled code would hide its calls; the unobserved steps still run compiled.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
+        self._contexts.enter_context(watching_log_prob(self._log_prob))
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exc: Any) -> None:
@@ -171,7 +179,8 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        loss = read_loss_call(func, args, kwargs) if torch.is_grad_enabled() else None
+        looked_for = torch.is_grad_enabled() and not self._in_log_prob
+        loss = read_loss_call(func, args, kwargs) if looked_for else None
         tape = self.observation.tape
         mark = tape.mark(loss.predictions) if tape is not None and loss is not None else None
         result = func(*args, **kwargs) if tape is None else tape.run(func, args, kwargs)
@@ -184,7 +193,30 @@ class Observer(TorchFunctionMode):
                 self.observation.maps.append((call, get_gradient_edge(result)))
         return result
 
-    def _watch_loss(self, loss: LossCall, mark: Mark | None, value: Tensor) -> None:
+    def _log_prob(
+        self, compute: Callable[[], Tensor], distribution: Distribution, value: Tensor
+    ) -> Tensor:
+        """Run one `log_prob` of the user's code, which is no torch function, and note what it was.
+
+        What it calls in turn, be it another distribution's `log_prob`, is part of it.
+        """
+        if self._paused or self._in_log_prob or not torch.is_grad_enabled():
+            return compute()
+        call = read_log_prob(distribution, value)
+        if call is None:
+            return compute()
+        tape = self.observation.tape
+        mark = None if tape is None else tape.mark(call.predictions)
+        self._in_log_prob = True
+        try:
+            result = compute()
+        finally:
+            self._in_log_prob = False
+        if result.requires_grad:
+            self._watch_loss(replace(call, shape=result.shape), mark, result)
+        return result
+
+    def _watch_loss(self, loss: ScoredCall, mark: Mark | None, value: Tensor) -> None:
         observation = self.observation
         observation.recognised += 1
 
@@ -198,16 +230,13 @@ class Observer(TorchFunctionMode):
                 weights = loss.weights(gradient)
                 likelihood = loss.likelihood()
                 if self._sink is not None:
-                    self._backward(observation, loss, likelihood, weights)
-            detached = replace(loss, predictions=tuple(t.detach() for t in loss.predictions))
-            observation.scored.append(ScoredLoss(detached, likelihood, weights, mark))
+                    self._backward(observation, loss, weights)
+            observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
             observation.seconds += time.perf_counter() - started
 
         value.register_hook(on_gradient)
 
-    def _backward(
-        self, observation: Observation, loss: LossCall, likelihood: Likelihood, weights: Tensor
-    ) -> None:
+    def _backward(self, observation: Observation, loss: ScoredCall, weights: Tensor) -> None:
         """F = Σ_i w_i J_iᵀ H_i J_i, from scores s_i of mean 0 and covariance H_i.
 
         Terms are independent, so the gradient of Σ_i √w_i s_i has the covariance F.
@@ -218,11 +247,6 @@ class Observer(TorchFunctionMode):
         inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
         if not inputs:
             return
-        draw = {
-            "sampled": likelihood.sampled_score,
-            "propagated": likelihood.propagated_score,
-        }[self._kind]
-        root = weights.sqrt().reshape(-1, *[1] * (likelihood.natural.dim() - 1))
         for _ in range(self._draws):
             scores = torch.autograd.grad(
                 loss.predictions,
@@ -230,7 +254,9 @@ class Observer(TorchFunctionMode):
                 [
                     g.to(p.dtype)
                     for g, p in zip(
-                        loss.pull_back(root * draw(self._generator)), loss.predictions, strict=True
+                        loss.draw(self._kind, weights, self._generator),
+                        loss.predictions,
+                        strict=True,
                     )
                 ],
                 retain_graph=True,
@@ -258,7 +284,11 @@ class _Paused(AbstractContextManager[None]):
 
 def why_no_fisher(observations: Sequence[Observation]) -> str:
     """What to tell a user whose observed training step gave no Fisher information."""
-    known = "Recognised losses: " + ", ".join(RECOGNISED) + "."
+    known = (
+        "Recognised losses: "
+        + ", ".join(RECOGNISED)
+        + "; and log_prob of any torch.distributions.Distribution that can be sampled."
+    )
     if not observations:
         return (
             "step() before any observed training step. Wrap the forward pass and the loss in "

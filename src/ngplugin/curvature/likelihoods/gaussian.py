@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
+from ngplugin.curvature.likelihoods.loss_call import Location, LossCall, divisor_of, reduction_of
 
 
 class Gaussian(Likelihood):
@@ -42,3 +43,22 @@ class Gaussian(Likelihood):
             return self.natural.new_tensor(noise_variance)
         squared = (self.natural - target).square()
         return (weight * squared).sum() / weight.sum()
+
+
+def read_mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> LossCall | None:
+    """(a - b)², twice the -log p of a unit-variance Gaussian."""
+    mean = Location.of(input, target)
+    if mean is None:
+        return None
+    element = mean.elements(weight)
+    divisor = divisor_of(reduction_of(size_average, reduce, reduction), element.sum(), input)
+    return LossCall(
+        "mse_loss", Gaussian, mean.predictions, mean, mean.observed, 2 * element, divisor
+    )

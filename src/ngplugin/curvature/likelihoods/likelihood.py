@@ -1,15 +1,53 @@
-"""The interface of a predictive distribution p(y | η), one independent term a row."""
+"""The interface of a predictive distribution, one independent term a row."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+FisherKind = Literal["sampled", "propagated"]
 
-class Likelihood(ABC):
+
+class Prediction(ABC):
+    """What a model predicts for every term."""
+
+    @abstractmethod
+    def kl(self, other: Any) -> Tensor:
+        """KL(self ‖ other) of every term, nats, `[terms]`."""
+
+    @abstractmethod
+    def nll(self, target: Tensor) -> Tensor:
+        """-log p(target) of every term, less its smallest value; nats, `[terms]`.
+
+        So it is the divergence of the prediction from the data, KL(data ‖ p), and 0 where the
+        prediction can get no better; twice it is the deviance. A density of variable width has no
+        smallest value; see `divergence`.
+        """
+
+    def divergence(self, target: Tensor) -> Tensor:
+        """How far the prediction is from the data, never negative; nats, `[terms]`.
+
+        The `nll`, except where that has no smallest value.
+        """
+        return self.nll(target)
+
+    def dispersion(
+        self, target: Tensor, weight: Tensor, noise_variance: float | Literal["auto"]
+    ) -> Tensor:
+        """The variance of y in units of the unit-dispersion family; a scalar, 1 if there is none.
+
+        Args:
+            target: what was observed.
+            weight: of each term, `[terms]`.
+            noise_variance: the variance where the family has one, `"auto"` to estimate it.
+        """
+        return torch.ones((), dtype=weight.dtype, device=weight.device)
+
+
+class Likelihood(Prediction):
     """p(y | η) of every term, in natural parameters η.
 
     For an exponential family in its natural parameters the Fisher information of a term,
@@ -37,30 +75,6 @@ class Likelihood(ABC):
         Fisher information that is left (curvature propagation: Martens, Sutskever & Swersky 2012,
         arXiv:1206.6464).
         """
-
-    @abstractmethod
-    def kl(self, other: Likelihood) -> Tensor:
-        """KL(self ‖ other) of every term, nats, `[terms]`."""
-
-    @abstractmethod
-    def nll(self, target: Tensor) -> Tensor:
-        """-log p(target | η) of every term, less its smallest value over η; nats, `[terms]`.
-
-        So it is the divergence of the prediction from the data, KL(data ‖ p), and 0 where the
-        prediction can get no better; twice it is the deviance.
-        """
-
-    def dispersion(
-        self, target: Tensor, weight: Tensor, noise_variance: float | Literal["auto"]
-    ) -> Tensor:
-        """The variance of y in units of the unit-dispersion family; a scalar, 1 if there is none.
-
-        Args:
-            target: what was observed.
-            weight: of each term, `[terms]`.
-            noise_variance: the variance where the family has one, `"auto"` to estimate it.
-        """
-        return torch.ones((), dtype=self.natural.dtype, device=self.natural.device)
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,266 @@
+"""Any `torch.distributions` object that is scored by its `log_prob`.
+
+`log_prob` is no torch function, so it is watched by wrapping the method of every class of
+distributions for a while. The parameters of a distribution are the tensors found in it that require
+grad, also in the distributions and transforms that it is made of. Cut there, the distribution is a
+function of them alone: a copy with other tensors in their place gives scores (the gradient of its
+`log_prob` at its own samples) and, with the tensors that a changed model predicts, the KL.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Transform, kl_divergence
+
+from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction
+from ngplugin.curvature.likelihoods.loss_call import ScoredCall, widened
+
+_SAMPLES = 16  # for each term's KL where it has no closed form
+_SEED = 0  # of those samples: the same for every step that is tried
+_CACHE = "_cached_x_y"  # a transform's last argument and value
+
+
+@dataclass(frozen=True)
+class LogProbCall(ScoredCall):
+    """One observed `log_prob`; each element of its value is a term.
+
+    Attributes:
+        name: `log_prob` of the distribution's class.
+        predictions: the distribution's tensors that require grad.
+        target: the argument.
+        distribution: whose method it was, as it was before the call.
+        shape: of the value.
+    """
+
+    name: str
+    predictions: tuple[Tensor, ...]
+    target: Tensor
+    distribution: Distribution
+    shape: torch.Size = field(default_factory=torch.Size)
+
+    def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Scored:
+        """The distribution with these tensors in it."""
+        tensors = self.predictions if predictions is None else predictions
+        return Scored(self._with([widened(t.detach()) for t in tensors]), self.shape)
+
+    def weights(self, gradient: Tensor) -> Tensor:
+        """|d(objective)/d(log p)|."""
+        return widened(gradient).abs().reshape(-1)
+
+    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Σ_i -√w_i ∇ log p(y_i) with y_i ~ p, whatever the kind.
+
+        The square root of the Fisher information is known for no distribution in general.
+        """
+        leaves = [widened(t.detach()).requires_grad_() for t in self.predictions]
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        y = self.likelihood().sample(int(seed))
+        with torch.enable_grad():
+            nll = -self._with(leaves).log_prob(y).reshape(-1)
+            total = (weights.sqrt() * nll).sum()
+        scores = torch.autograd.grad(total, leaves, allow_unused=True)
+        return [
+            torch.zeros_like(t) if s is None else s for s, t in zip(scores, leaves, strict=True)
+        ]
+
+    def detached(self) -> LogProbCall:
+        """The same with detached tensors in the distribution."""
+        tensors = tuple(t.detach() for t in self.predictions)
+        return replace(self, predictions=tensors, distribution=self._with(tensors))
+
+    def _with(self, tensors: Any) -> Distribution:
+        replaced = {id(old): new for old, new in zip(self.predictions, tensors, strict=True)}
+        copy: Distribution = _rebuilt(self.distribution, replaced, {})
+        return copy
+
+
+class Scored(Prediction):
+    """A distribution with the shape of its `log_prob`."""
+
+    def __init__(self, distribution: Distribution, shape: torch.Size) -> None:
+        self.distribution = distribution
+        self.shape = shape
+
+    def kl(self, other: Any) -> Tensor:
+        """As registered with torch, or estimated from samples.
+
+        E_p[q/p - 1 - log(q/p)] is the KL, each of its samples is positive, and they vary little
+        where p and q are near (Schulman 2020, Approximating KL Divergence,
+        http://joschu.net/blog/kl-approx.html).
+        """
+        assert isinstance(other, Scored)
+        try:
+            exact = kl_divergence(self.distribution, other.distribution)
+        except NotImplementedError:
+            pass
+        else:
+            if _broadcasts(exact.shape, self.shape):
+                return exact.expand(self.shape).reshape(-1)
+        total: Tensor | float = 0.0
+        for i in range(_SAMPLES):
+            y = self.sample(_SEED + i)
+            log_ratio = other.distribution.log_prob(y) - self.distribution.log_prob(y)
+            total = total + (log_ratio.expm1() - log_ratio)
+        return torch.as_tensor(total).reshape(-1) / _SAMPLES
+
+    def nll(self, target: Tensor) -> Tensor:
+        """-log p(target), of which the smallest value is not known."""
+        return -self.distribution.log_prob(target).reshape(-1)
+
+    def divergence(self, target: Tensor) -> Tensor:
+        """The `nll` of a discrete distribution, and ½ of a continuous one.
+
+        No density comes near data without noise; ½ is what a Gaussian of estimated variance has.
+        """
+        nll = self.nll(target)
+        return nll if _is_discrete(self.distribution) else torch.full_like(nll, 0.5)
+
+    def sample(self, seed: int) -> Tensor:
+        """One label for each term, of the shape that `log_prob` takes; leaves all generators be."""
+        batch, k = self.distribution.batch_shape, len(self.shape)
+        device = next(_tensors(self.distribution)).device
+        more, lead = torch.Size(), torch.Size()
+        if _broadcasts(batch, self.shape):
+            # The argument may have more dimensions than the distribution, or longer ones.
+            lead = self.shape[: k - len(batch)]
+            pairs = zip(self.shape[k - len(batch) :], batch, strict=True)
+            more = torch.Size(n // b if b else 1 for n, b in pairs)
+        accelerated = [] if device.type == "cpu" else [device]
+        kind = "cuda" if device.type == "cpu" else device.type
+        with torch.no_grad(), torch.random.fork_rng(accelerated, device_type=kind):
+            torch.manual_seed(seed)
+            if all(n == 1 for n in more):
+                return self.distribution.sample(lead)
+            y = self.distribution.sample(lead + more)  # [*lead, *more, *batch, *event]
+        b, at = len(batch), len(lead)
+        order = [at + i + j for i in range(b) for j in (0, b)]  # each repetition with its dimension
+        y = y.permute(*range(at), *order, *range(at + 2 * b, y.dim()))
+        return y.reshape(*self.shape, *self.distribution.event_shape)
+
+
+def read_log_prob(distribution: Distribution, value: Tensor) -> LogProbCall | None:
+    """What scoring `value` says about a prediction, None if nothing depends on a model.
+
+    A distribution that cannot be sampled says nothing either.
+    """
+    kind = type(distribution)
+    if kind.sample is Distribution.sample and kind.rsample is Distribution.rsample:
+        return None
+    tensors = {id(t): t for t in _tensors(distribution) if t.requires_grad}
+    if not tensors:
+        return None
+    name = f"log_prob of {kind.__name__}"
+    # A copy, since what the user's object works out and caches later would hide the parameters.
+    now: Distribution = _rebuilt(distribution, {}, {})
+    return LogProbCall(name, tuple(tensors.values()), value.detach(), now)
+
+
+@contextmanager
+def watching_log_prob(
+    around: Callable[[Callable[[], Tensor], Distribution, Tensor], Tensor],
+) -> Iterator[None]:
+    """A context in which every `log_prob(value)` of this thread goes through `around`.
+
+    Args:
+        around: gets the call, the distribution and the value; returns the result.
+    """
+    thread = threading.get_ident()
+
+    def watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(original)
+        def log_prob(self: Distribution, *args: Any, **kwargs: Any) -> Tensor:
+            compute = functools.partial(original, self, *args, **kwargs)
+            values = [*args, *kwargs.values()]
+            if threading.get_ident() != thread or len(values) != 1:
+                return compute()
+            return around(compute, self, values[0]) if isinstance(values[0], Tensor) else compute()
+
+        return log_prob
+
+    own: list[tuple[Any, Any]] = [
+        (c, vars(c)["log_prob"]) for c in _classes(Distribution) if "log_prob" in vars(c)
+    ]
+    try:
+        for c, original in own:
+            c.log_prob = watched(original)
+        yield
+    finally:
+        for c, original in own:
+            c.log_prob = original
+
+
+def _classes(root: type) -> set[type]:
+    return {root}.union(*map(_classes, root.__subclasses__()))
+
+
+def _is_discrete(distribution: Distribution) -> bool:
+    try:
+        return bool(getattr(distribution.support, "is_discrete", False))
+    except NotImplementedError:  # it has not said where it lives
+        return False
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether `shape` expands to `to`."""
+    trailing = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, trailing, strict=True))
+
+
+# -- looking into a distribution -------------------------------------------------------------
+
+
+def _parts(tree: Any) -> list[Any]:
+    """What a distribution, a transform or a container holds; an inverse may lead back to it."""
+    if isinstance(tree, (Distribution, Transform)):
+        return [value for name, value in vars(tree).items() if name != _CACHE]
+    if isinstance(tree, (list, tuple)):
+        return [*tree]
+    return [*tree.values()] if isinstance(tree, Mapping) else []
+
+
+def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """All tensors in a distribution, each once."""
+    seen = set() if seen is None else seen
+    if id(tree) in seen:
+        return
+    seen.add(id(tree))
+    if isinstance(tree, Tensor):
+        yield tree
+    for part in _parts(tree):
+        yield from _tensors(part, seen)
+
+
+def _rebuilt(tree: Any, replaced: Mapping[int, Tensor], copies: dict[int, Any]) -> Any:
+    """A copy with tensors replaced, what was derived from them in `__init__` included.
+
+    No `__init__` runs: its arguments are not known, and what it derived is among what is replaced.
+    """
+    if isinstance(tree, Tensor):
+        return replaced.get(id(tree), tree)
+    if id(tree) in copies:
+        return copies[id(tree)]
+    if isinstance(tree, Transform):
+        caches = getattr(tree, "_cache_size", 0) > 0
+        if not caches and not any(id(t) in replaced for t in _tensors(tree)):
+            return tree  # the same object, so that torch sees two distributions alike in it
+    if isinstance(tree, (Distribution, Transform)):
+        copy = copies[id(tree)] = object.__new__(type(tree))
+        for name, value in vars(tree).items():
+            new = (None, None) if name == _CACHE else _rebuilt(value, replaced, copies)
+            vars(copy)[name] = new
+        return copy
+    if isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields"):
+        if isinstance(tree, torch.Size):
+            return tree
+        return type(tree)(_rebuilt(item, replaced, copies) for item in tree)
+    if type(tree) is dict:
+        return {key: _rebuilt(item, replaced, copies) for key, item in tree.items()}
+    return tree

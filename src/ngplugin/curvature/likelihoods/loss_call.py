@@ -1,0 +1,194 @@
+"""What an observed loss says about a prediction, and the arithmetic that its readers share.
+
+A *term* is one element of the loss as `reduction="none"` would return it.
+
+All scaling of the Fisher matrix is settled here and by the readers: class weights,
+`ignore_index`, label smoothing, `pos_weight` and the reduction go into `LossCall.weights`; what the
+user did to the loss value afterwards is in the gradient that arrives at it.
+
+A reader has the signature of the torch function it reads, so Python itself sorts the arguments out,
+and returns a `LossCall`, or None where the loss says nothing about a model (no side requires grad).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.likelihoods.likelihood import FisherKind, Likelihood, Prediction
+
+
+def flat(t: Tensor) -> Tensor:
+    """`[terms]`."""
+    return t.reshape(-1)
+
+
+class ScoredCall(ABC):
+    """One observed call that scores a prediction.
+
+    Attributes:
+        name: of the function.
+        predictions: what the model computed, with its graph.
+        target: what the prediction's `nll` scores.
+    """
+
+    name: str
+    predictions: tuple[Tensor, ...]
+    target: Tensor
+
+    @abstractmethod
+    def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Prediction:
+        """The predictive distribution, detached, in float32 or wider."""
+
+    @abstractmethod
+    def weights(self, gradient: Tensor) -> Tensor:
+        """w, `[terms]`: how often the objective counts each term's -log p.
+
+        A term that is subtracted from the objective still has a positive Fisher information, so
+        the sign is dropped.
+
+        Args:
+            gradient: d(objective)/d(the call's value), of the value's shape.
+        """
+
+    @abstractmethod
+    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """Σ_i √w_i s_i, with a random score s_i of each term, as d/d(each prediction)."""
+
+    @abstractmethod
+    def detached(self) -> ScoredCall:
+        """The same without any graph."""
+
+
+@dataclass(frozen=True)
+class LossCall(ScoredCall):
+    """One observed loss.
+
+    Attributes:
+        name: of the torch function.
+        family: makes the predictive distribution of natural parameters.
+        predictions: the arguments that the model computed, with their graph.
+        natural: maps `predictions` to the natural parameters `[terms, ...]`, differentiably.
+        target: what the family's `nll` scores, a row a term.
+        mass: `[terms]`, how many units of the family's `nll` one element of the unreduced loss is;
+            `[terms, elements]` where a term has several.
+        divisor: what the reduction divides the sum of all elements by; None for `"none"`.
+        layout: maps a gradient of the unreduced loss to the shape of `mass`.
+    """
+
+    name: str
+    family: Callable[[Tensor], Likelihood]
+    predictions: tuple[Tensor, ...]
+    natural: Callable[..., Tensor]
+    target: Tensor
+    mass: Tensor
+    divisor: Tensor | None
+    layout: Callable[[Tensor], Tensor] = flat
+
+    def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Likelihood:
+        """The family at the natural parameters."""
+        tensors = self.predictions if predictions is None else predictions
+        return self.family(self.natural(*(widened(t.detach()) for t in tensors)))
+
+    def weights(self, gradient: Tensor) -> Tensor:
+        """|d(objective)/d(element)| times the element's mass."""
+        gradient = widened(gradient).abs()
+        if self.divisor is None:
+            weights = self.layout(gradient) * self.mass
+        else:
+            weights = gradient * self.mass / self.divisor
+        return weights if weights.dim() == 1 else weights.sum(-1)
+
+    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """A score of the natural parameters, carried back to the predictions."""
+        likelihood = self.likelihood()
+        score = {
+            "sampled": likelihood.sampled_score,
+            "propagated": likelihood.propagated_score,
+        }[kind](generator)
+        root = weights.sqrt().reshape(-1, *[1] * (score.dim() - 1))
+        return self.pull_back(root * score)
+
+    def detached(self) -> LossCall:
+        """The same with detached predictions."""
+        return replace(self, predictions=tuple(t.detach() for t in self.predictions))
+
+    def pull_back(self, score: Tensor) -> list[Tensor]:
+        """Carry d/d(natural parameters), of η's shape, to d/d(each prediction)."""
+        leaves = [t.detach().requires_grad_() for t in self.predictions]
+        with torch.enable_grad():
+            natural = self.natural(*(widened(t) for t in leaves))
+        return list(torch.autograd.grad(natural, leaves, score))
+
+
+def widened(t: Tensor) -> Tensor:
+    """In float32 or wider."""
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:
+    """The reduction, which torch's deprecated arguments override."""
+    if size_average is None and reduce is None:
+        return reduction
+    if reduce is False:
+        return "none"
+    return "sum" if size_average is False else "mean"
+
+
+def divisor_of(reduction: str, count: Tensor | float, like: Tensor) -> Tensor | None:
+    """What a reduction divides the sum of `count` elements by."""
+    if reduction == "none":
+        return None
+    return torch.as_tensor(count if reduction == "mean" else 1.0, device=like.device)
+
+
+@dataclass(frozen=True)
+class Location:
+    """Which side of a loss of a difference a - b the model predicts.
+
+    Either side may be the model's; where both are, the prediction is their difference, and the
+    observation that it is zero.
+
+    Attributes:
+        predictions: the sides that require grad.
+        observed: what the location is compared with, `[terms]`, float32 or wider.
+        shape: of the unreduced loss.
+    """
+
+    predictions: tuple[Tensor, ...]
+    observed: Tensor
+    shape: torch.Size
+
+    @staticmethod
+    def of(input: Tensor, target: Tensor, shape: torch.Size | None = None) -> Location | None:
+        """Sort out the sides; None if neither requires grad."""
+        shape = torch.broadcast_shapes(input.shape, target.shape) if shape is None else shape
+        if input.requires_grad and target.requires_grad:
+            predictions: tuple[Tensor, ...] = (input, target)
+            observed = input.new_zeros(())
+        elif input.requires_grad or target.requires_grad:
+            predictions, observed = (
+                ((input,), target) if input.requires_grad else ((target,), input)
+            )
+        else:
+            return None
+        dtype = torch.promote_types(predictions[0].dtype, torch.float32)
+        return Location(predictions, observed.detach().to(dtype).expand(shape).reshape(-1), shape)
+
+    def __call__(self, *sides: Tensor) -> Tensor:
+        """The location `[terms]` that `predictions` give, differentiably."""
+        location = sides[0] if len(sides) == 1 else sides[0] - sides[1]
+        return location.expand(self.shape).reshape(-1)
+
+    def error(self) -> Tensor:
+        """|prediction - observation|, `[terms]`."""
+        return (self(*(widened(t.detach()) for t in self.predictions)) - self.observed).abs()
+
+    def elements(self, weight: Tensor | None) -> Tensor:
+        """The loss's own weight of each term, `[terms]`."""
+        one = self.observed.new_ones(()) if weight is None else weight.to(self.observed.dtype)
+        return one.expand(self.shape).reshape(-1)

@@ -1,0 +1,378 @@
+"""Distributions that are scored by `log_prob`: scores, divergences, weights and training."""
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import distributions as D
+from torch import nn
+
+from ngplugin import NaturalGradientOptimizer
+from ngplugin.curvature.likelihoods import read_log_prob
+from ngplugin.errors import StepOrderError
+from tests.oracle import assert_mean_is, generator, observe, randn
+
+N = 20_000
+
+
+class Triangle(D.Distribution):
+    """A user's own: discrete on {0, 1, 2} with logits (0, a, 2a), sampled by hand."""
+
+    support = D.constraints.integer_interval(0, 2)
+
+    def __init__(self, slope):
+        self.slope = slope
+        super().__init__(slope.shape, validate_args=False)
+
+    def _table(self):
+        return (self.slope.unsqueeze(-1) * torch.arange(3.0).to(self.slope)).log_softmax(-1)
+
+    def log_prob(self, value):
+        return (self._table() * (value.unsqueeze(-1) == torch.arange(3.0))).sum(-1)
+
+    def sample(self, sample_shape=()):
+        return D.Categorical(logits=self._table()).sample(sample_shape)
+
+
+class Unsampled(Triangle):
+    sample = D.Distribution.sample
+
+
+def mixture(t):
+    return D.MixtureSameFamily(
+        D.Categorical(logits=t[..., :2]), D.Normal(t[..., 2:4], t[..., 4:6].exp())
+    )
+
+
+def skewed(t):
+    base = D.Normal(t[..., 0], t[..., 1].exp())
+    return D.TransformedDistribution(
+        base,
+        [D.transforms.AffineTransform(t[..., 2], t[..., 3].exp()), D.transforms.ExpTransform()],
+    )
+
+
+def triangular(t):
+    diagonal = t[..., 2:4].exp().diag_embed()
+    lower = F.pad(t[..., 4:5], (0, 1)).unsqueeze(-2)
+    return diagonal + torch.cat([torch.zeros_like(lower), lower], -2)
+
+
+# Name: size of θ, the distribution of θ [..., size], and where its values lie:
+# how many labels for a discrete one, an interval, or None where its values are vectors.
+CASES = {
+    "Normal": (2, lambda t: D.Normal(t[..., 0], t[..., 1].exp()), (-30, 30)),
+    "StudentT": (2, lambda t: D.StudentT(5.0, t[..., 0], t[..., 1].exp()), (-400, 400)),
+    "NegativeBinomial": (2, lambda t: D.NegativeBinomial(t[..., 0].exp(), logits=t[..., 1]), 400),
+    "Poisson": (1, lambda t: D.Poisson(t[..., 0].exp()), 60),
+    "Categorical": (3, lambda t: D.Categorical(logits=t), 3),
+    "Categorical of probs": (3, lambda t: D.Categorical(probs=t.sigmoid()), 3),
+    "Bernoulli": (1, lambda t: D.Bernoulli(logits=t[..., 0]), 2),
+    "Bernoulli of probs": (1, lambda t: D.Bernoulli(t[..., 0].sigmoid()), 2),
+    "Beta": (2, lambda t: D.Beta(2 + t[..., 0].exp(), 2 + t[..., 1].exp()), (1e-9, 1 - 1e-9)),
+    "Gamma": (2, lambda t: D.Gamma(2 + t[..., 0].exp(), t[..., 1].exp()), (1e-9, 80)),
+    "LogNormal": (2, lambda t: D.LogNormal(t[..., 0], 0.4 + 0 * t[..., 1]), (1e-9, 40)),
+    "transformed": (4, lambda t: skewed(0.2 * t), (1e-9, 200)),
+    "mixture": (6, mixture, (-60, 60)),
+    "user's own": (1, lambda t: Triangle(t[..., 0]), 3),
+    "Dirichlet": (3, lambda t: D.Dirichlet(t.exp()), None),
+    "MultivariateNormal": (
+        5,
+        lambda t: D.MultivariateNormal(t[..., :2], scale_tril=triangular(t)),
+        None,
+    ),
+    "MultivariateNormal of covariance": (
+        5,
+        lambda t: D.MultivariateNormal(t[..., :2], triangular(t) @ triangular(t).mT),
+        None,
+    ),
+    "Independent": (
+        4,
+        lambda t: D.Independent(D.Normal(t[..., :2], t[..., 2:4].exp()), 1),
+        None,
+    ),
+}
+ESTIMATED = ["StudentT", "NegativeBinomial", "mixture", "user's own", "transformed"]
+REGISTERED = [name for name in CASES if name not in ESTIMATED]
+
+
+def observed(distribution, value):
+    """The call as the observer makes it."""
+    call = read_log_prob(distribution, value)
+    return replace(call, shape=distribution.log_prob(value).shape)
+
+
+def theta(name, *batch):
+    size = CASES[name][0]
+    return (0.5 * randn(size, seed=size)).expand(*batch, size).clone()
+
+
+def grid(name):
+    where = CASES[name][2]
+    if isinstance(where, int):
+        return torch.arange(where).double(), torch.ones(where).double()
+    x = torch.linspace(*where, 400_001, dtype=torch.float64)
+    return x, torch.full_like(x, float(x[1] - x[0]))
+
+
+def exact_fisher(name):
+    """E_y[s sᵀ], by quadrature, by adding up over all labels, or as the Hessian of the KL."""
+    t = theta(name)
+    make = CASES[name][1]
+    if CASES[name][2] is None:
+        return torch.autograd.functional.hessian(lambda u: D.kl_divergence(make(t), make(u)), t)
+    y, volume = grid(name)
+    scores = torch.func.vmap(torch.func.jacrev(lambda u, v: make(u).log_prob(v)), in_dims=(None, 0))
+    D.Distribution.set_default_validate_args(False)
+    try:
+        s = scores(t, y)
+        p = make(t).log_prob(y).exp() * volume
+    finally:
+        D.Distribution.set_default_validate_args(True)
+    return torch.einsum("y,yi,yj->ij", p, s, s)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_have_mean_zero_and_the_covariance_of_the_exact_score(name):
+    leaf = theta(name, N).requires_grad_()
+    distribution = CASES[name][1](leaf)
+    call = observed(distribution, distribution.sample())
+    before = torch.get_rng_state()
+    scores = call.draw("propagated", torch.ones(N).double(), generator(1))
+    assert torch.equal(before, torch.get_rng_state())
+    (at_theta,) = torch.autograd.grad(call.predictions, leaf, scores)
+    size = at_theta.shape[1]
+    assert_mean_is(at_theta, torch.zeros(size).double())
+    exact = exact_fisher(name)
+    squares = at_theta[:, :, None] * at_theta[:, None, :]
+    off = (squares.mean(0) - exact).abs()
+    assert (off <= 5 * squares.std(0) / N**0.5 + 1e-4 * exact.abs().max()).all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scores_depend_on_their_generator_alone_and_weigh_by_a_square_root(name):
+    leaf = theta(name, 5).requires_grad_()
+    distribution = CASES[name][1](leaf)
+    call = observed(distribution, distribution.sample())
+
+    def at_theta(weights, seed):
+        scores = call.draw("sampled", weights, generator(seed))
+        return torch.autograd.grad(call.predictions, leaf, scores, retain_graph=True)[0]
+
+    one = at_theta(torch.ones(5).double(), 3)
+    torch.manual_seed(1)
+    assert torch.equal(one, at_theta(torch.ones(5).double(), 3))
+    weights = torch.tensor([0.0, 1.0, 4.0, 9.0, 0.25]).double()
+    torch.testing.assert_close(at_theta(weights, 3), weights.sqrt().unsqueeze(1) * one)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_minus_log_p_is_what_is_observed(name):
+    leaf = theta(name, 4).requires_grad_()
+    distribution = CASES[name][1](leaf)
+    value = distribution.sample()
+    factors = torch.tensor([1.0, -2.0, 0.0, 0.5]).double()
+    log_p = distribution.log_prob(value)
+    (exact,) = torch.autograd.grad(-(factors.abs() * log_p).sum(), leaf, retain_graph=True)
+    call = observed(distribution, value)
+    weights = call.weights(factors)
+    assert weights.tolist() == factors.abs().tolist()
+
+    tensors = [t.detach().requires_grad_() for t in call.predictions]
+    nll = (weights * -call._with(tensors).log_prob(value)).sum()
+    grads = torch.autograd.grad(nll, tensors, allow_unused=True, materialize_grads=True)
+    ours = torch.autograd.grad(call.predictions, leaf, grads)[0]
+    torch.testing.assert_close(ours, exact)
+    torch.testing.assert_close(call.likelihood().nll(value), -log_p.detach())
+    assert (call.likelihood().divergence(value) >= 0).all()
+    for t in (*call.detached().predictions, call.likelihood().distribution.log_prob(value)):
+        assert not t.requires_grad
+
+
+def moved(name, call, step):
+    """The call's predictions at θ + step."""
+    distribution = CASES[name][1]((theta(name, *call.shape) + step).requires_grad_())
+    distribution.sample()  # works out and caches what it did for the call
+    return read_log_prob(distribution, call.target).predictions
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_kl_is_that_of_torch_distributions(name):
+    leaf = theta(name, 4).requires_grad_()
+    distribution = CASES[name][1](leaf)
+    call = observed(distribution, distribution.sample())
+    step = 0.1 * randn(4, leaf.shape[1], seed=5)
+    other = CASES[name][1](leaf.detach() + step)
+    ours = call.likelihood().kl(call.likelihood(moved(name, call, step)))
+    torch.testing.assert_close(ours, D.kl_divergence(distribution, other).detach())
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_kl_without_closed_form_is_estimated_from_the_same_samples_every_time(name):
+    leaf = theta(name, N).requires_grad_()
+    distribution = CASES[name][1](leaf)
+    call = observed(distribution, distribution.sample())
+    step = 0.1 * randn(leaf.shape[1], seed=5)
+    now = call.likelihood(moved(name, call, step))
+    before = torch.get_rng_state()
+    ours = call.likelihood().kl(now)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(ours, call.likelihood().kl(now))
+    assert (ours >= 0).all()
+    y, volume = grid(name)
+    p = CASES[name][1](theta(name)).log_prob(y)
+    q = CASES[name][1](theta(name) + step).log_prob(y)
+    exact = (p.exp() * (p - q) * volume).sum()
+    assert_mean_is(ours, exact)
+    assert not call.likelihood().kl(call.likelihood()).any()
+
+
+@pytest.mark.parametrize(
+    ("batch", "sample", "shape"),
+    [((), (3,), (3,)), ((2,), (2,), (2,)), ((2,), (4, 2), (4, 2)), ((3, 1), (3, 4), (3, 4)),
+     ((3, 1), (2, 3, 4), (2, 3, 4)), ((1, 3, 1), (2, 3, 4), (2, 3, 4)), ((2,), (), (2,))],
+    ids=str,
+)  # fmt: skip
+def test_every_term_draws_its_own_label_however_the_argument_broadcasts(batch, sample, shape):
+    m = randn(*batch).requires_grad_()
+    call = observed(D.Normal(m * 1, torch.full_like(m, 1e-6)), randn(*sample))
+    assert call.shape == shape
+    y = call.likelihood().sample(0)
+    assert y.shape == shape
+    torch.testing.assert_close(y, m.detach().expand(shape), rtol=0, atol=1e-4)
+    assert y.unique().numel() == y.numel()  # none is used twice
+    vectors = D.Independent(D.Normal((m * 1).unsqueeze(-1).expand(*batch, 5), 1.0), 1)
+    call = observed(vectors, randn(*sample, 5))
+    assert call.likelihood().sample(0).shape == (*shape, 5)
+    weights = torch.ones(shape).double().reshape(-1)
+    back = torch.autograd.grad(call.predictions, m, call.draw("sampled", weights, generator()))
+    assert back[0].shape == m.shape
+    assert call.likelihood().kl(call.likelihood()).shape == weights.shape
+
+
+# -- through the observer ----------------------------------------------------------------------
+
+
+def test_only_the_outermost_log_prob_counts():
+    m = nn.Parameter(randn(4, 2))
+    for make in (
+        lambda t: D.Independent(D.Normal(t, 1.0), 1),
+        lambda t: D.Independent(D.Bernoulli(logits=t), 1),  # calls a recognised loss
+        lambda t: D.MixtureSameFamily(D.Categorical(logits=t), D.Normal(t, 1.0)),
+    ):
+        y = make(m.detach()).sample()
+        _, observation = observe([m], lambda make=make, y=y: -make(m * 1).log_prob(y).mean())
+        (scored,) = observation.scored
+        assert observation.recognised == 1
+        assert scored.weights.tolist() == [0.25] * 4
+        assert scored.call.name == f"log_prob of {type(make(m)).__name__}"
+        assert scored.call.predictions
+        assert all(t.grad_fn is None for t in scored.call.predictions)
+
+
+def test_what_no_model_computed_or_is_not_differentiated_says_nothing():
+    m = nn.Parameter(randn(4))
+
+    def objective():
+        prior = D.Normal(torch.zeros(4).double(), 1.0).log_prob(m * 1)
+        Unsampled(m * 1).log_prob(torch.zeros(4))
+        with torch.no_grad():
+            D.Normal(m * 1, 1.0).log_prob(torch.zeros(4))
+        D.Normal(m * 1, 1.0).log_prob(torch.zeros(4))  # a metric, no part of the objective
+        return F.mse_loss(m * 1, torch.zeros(4).double()) - prior.mean()
+
+    _, observation = observe([m], objective)
+    assert [loss.call.name for loss in observation.scored] == ["mse_loss"]
+    assert observation.recognised == 2
+
+
+def test_a_distribution_that_builds_another_from_what_it_hides_is_seen_through():
+    network = nn.Linear(3, 1).double()
+
+    class Hidden(D.Distribution):
+        def log_prob(self, value):
+            return D.Normal(network(randn(5, 3)).squeeze(1), 1.0).log_prob(value)
+
+        def sample(self, sample_shape=()):
+            raise AssertionError
+
+    y = randn(5, seed=2)
+    hidden = Hidden(validate_args=False)
+    _, observation = observe([*network.parameters()], lambda: -hidden.log_prob(value=y).sum())
+    assert [loss.call.name for loss in observation.scored] == ["log_prob of Normal"]
+
+
+def test_the_methods_are_as_before_outside_also_after_an_exception():
+    m = nn.Parameter(randn(4))
+    optimizer = NaturalGradientOptimizer([m])
+    kinds = (D.Distribution, D.Normal, D.Independent, Triangle)
+    before = [vars(kind)["log_prob"] for kind in kinds]
+    with optimizer.observe():
+        assert all(
+            vars(kind)["log_prob"] is not old for kind, old in zip(kinds, before, strict=True)
+        )
+        assert "log_prob" not in vars(Unsampled)
+    assert [vars(kind)["log_prob"] for kind in kinds] == before
+    with pytest.raises(RuntimeError, match="user's own"), optimizer.observe():
+        raise RuntimeError("user's own")
+    with pytest.raises(ValueError, match="value argument"), optimizer.observe():
+        D.Bernoulli(logits=m * 1).log_prob(torch.full((4,), 7.0))
+    assert [vars(kind)["log_prob"] for kind in kinds] == before
+    # And a call that failed does not make the next one an inner one.
+    with optimizer.observe():
+        with pytest.raises(ValueError, match="value argument"):
+            D.Bernoulli(logits=m * 1).log_prob(torch.full((4,), 7.0))
+        loss = -D.Bernoulli(logits=m * 1).log_prob(torch.ones(4).double()).mean()
+    loss.backward()
+    optimizer.step()
+
+
+def test_what_another_thread_scores_is_none_of_ours():
+    m = nn.Parameter(randn(4))
+
+    def objective():
+        def other():
+            D.Normal(m * 1, 1.0).log_prob(torch.zeros(4))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        return -D.Normal(m * 1, 1.0).log_prob(torch.zeros(4)).mean()
+
+    _, observation = observe([m], objective)
+    assert observation.recognised == 1
+
+
+@pytest.mark.parametrize("kind", ["sampled", "propagated"])
+@pytest.mark.parametrize("name", CASES)
+def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
+    torch.manual_seed(0)
+    size, make, _ = CASES[name]
+    x = randn(60, 3, seed=11)
+    y = make(0.7 * (x @ randn(3, size, seed=12))).sample()
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, size)).double()
+    optimizer = NaturalGradientOptimizer(model.parameters(), fisher=kind)
+    losses, measured = [], 0
+    for _ in range(30):
+        with optimizer.observe():
+            loss = -make(model(x)).log_prob(y).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        kl = optimizer.report.kl
+        measured += kl is not None and 0 < kl < 1
+    assert losses[-1] < losses[0] - 0.02
+    assert measured >= 10
+
+
+def test_an_objective_by_hand_is_told_that_log_prob_is_recognised():
+    m = nn.Parameter(randn(4))
+    optimizer = NaturalGradientOptimizer([m])
+    with optimizer.observe():
+        loss = (m * m).sum()
+    loss.backward()
+    with pytest.raises(StepOrderError, match="huber_loss, soft_margin_loss; and log_prob of any"):
+        optimizer.step()
