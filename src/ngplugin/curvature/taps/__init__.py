@@ -1,0 +1,35 @@
+"""Reads a call of a torch function as a linear map: its rows of inputs and of output scores.
+
+One layout for every map, `[group, example, shared, feature]`: a linear layer on tokens shares its
+weight over the tokens of an example, a convolution over the pixels of its output, and a grouped
+convolution is several maps side by side. After that all maps are the same mathematics (the layout
+of Eschenhagen et al. 2023, arXiv:2311.00636).
+
+Each reader has the signature of the torch function it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+
+from ngplugin.curvature.taps.convolutions import convolution
+from ngplugin.curvature.taps.map_call import MapCall as MapCall
+from ngplugin.curvature.taps.matrices import linear
+
+_READERS: dict[Callable[..., Any], Callable[..., MapCall | None]] = {
+    F.linear: linear,
+    F.conv1d: convolution("conv1d"),
+    F.conv2d: convolution("conv2d"),
+    F.conv3d: convolution("conv3d"),
+}
+
+
+def read_map_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> MapCall | None:
+    """The linear map that a call of a torch function applies, None if it is none we know."""
+    reader = _READERS.get(function)
+    return None if reader is None else reader(*args, **kwargs)
