@@ -149,10 +149,11 @@ def kronecker_places(block: KroneckerBlock) -> list[Tensor]:
     Places count over the block's parameters one after another: the weight, then the bias.
     """
     weight = block.parameters[0]
-    out = weight.shape[0] // block.groups
-    places = torch.arange(weight.numel()).reshape(block.groups, out, -1)
+    places = torch.arange(weight.numel()).reshape(block.groups, weight.shape[0] // block.groups, -1)
+    if block.inputs_first:
+        places = places.mT
     if len(block.parameters) > 1:
-        bias = weight.numel() + torch.arange(weight.shape[0]).reshape(block.groups, out, 1)
+        bias = weight.numel() + torch.arange(weight.shape[0]).reshape(block.groups, -1, 1)
         places = torch.cat([places, bias], 2)
     return [group.reshape(-1) for group in places]
 

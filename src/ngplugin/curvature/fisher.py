@@ -51,14 +51,16 @@ class Fisher:
         self._diagonal = diagonal
         self._block_of: dict[int, Block] = {}  # id of the parameter
         self._reason: dict[int, str] = {}
+        self._use: dict[int, str] = {}  # of parameters that no map's block holds: what they are
 
     # -- taking scores in (the observer's side) ----------------------------------------------
 
     def assign(self, calls: Sequence[MapCall]) -> None:
         """Give the weight of each map a block, when it is first seen.
 
-        A bias joins its weight's block if it is added by no other weight; otherwise, and where a
-        weight's calls disagree about it, it gets a diagonal block of its own.
+        A bias joins its weight's block if it is added by no other weight, and to each row once;
+        otherwise, and where a weight's calls disagree about it, it gets a diagonal block of its
+        own.
         """
         if self._diagonal:
             return
@@ -67,18 +69,22 @@ class Fisher:
         for call in calls:
             if call.bias is not None:
                 added_by.setdefault(id(call.bias), set()).add(id(call.weight))
+                self._use.setdefault(id(call.bias), f"bias of {call.kind}")
         for call in calls:
             if id(call.weight) in self._block_of:
                 continue
             bias = call.bias
             joins = (
                 bias is not None
+                and call.bias_joins
                 and bias.requires_grad
                 and id(bias) in followed
                 and id(bias) not in self._block_of
                 and len(added_by[id(bias)]) == 1
             )
-            block = KroneckerBlock(call.weight, bias if joins else None, call.groups)
+            block = KroneckerBlock(
+                call.weight, bias if joins else None, call.groups, call.inputs_first
+            )
             self._settle(block, f"weight of {call.kind}")
             if joins:
                 self._reason[id(bias)] = f"bias of {call.kind}, an input of value 1"
@@ -100,7 +106,7 @@ class Fisher:
         block = self._block_of.get(id(parameter))
         if block is None:
             block = DiagonalBlock(parameter)
-            self._settle(block, "used by no linear map that is known")
+            self._settle(block, self._use.get(id(parameter), "used by no linear map that is known"))
         assert isinstance(block, DiagonalBlock)
         block.add_gradient_score(score, share)
 
@@ -246,7 +252,7 @@ class Fisher:
             block: Block
             if saved["kind"] == KroneckerBlock.kind:
                 bias = parameters[1] if len(parameters) > 1 else None
-                block = KroneckerBlock(parameters[0], bias, saved["groups"])
+                block = KroneckerBlock(parameters[0], bias, saved["groups"], saved["inputs_first"])
             else:
                 block = DiagonalBlock(parameters[0], saved["empirical"])
             block.load_state_dict(saved)

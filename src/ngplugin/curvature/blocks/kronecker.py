@@ -63,18 +63,26 @@ class KroneckerBlock(Block):
 
     kind = "kronecker"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, groups: int, inputs_first: bool = False
+    ) -> None:
         self.parameters = (weight,) if bias is None else (weight, bias)
         self._bias = bias
         self.groups = groups
-        self._out = weight.shape[0] // groups
-        self._in = weight.numel() // weight.shape[0] + (bias is not None)
+        self.inputs_first = inputs_first
+        sizes = weight.shape[0] // groups, weight.numel() // weight.shape[0]
+        self._out, self._in = sizes[::-1] if inputs_first else sizes
+        self._in += bias is not None
         self._dtype = curvature_dtype(weight)
         self._added: tuple[Tensor, Tensor, Tensor] | None = None  # Σ aaᵀ, number of rows, Σ ggᵀ
         self._average_A, self._average_G = RunningAverage(), RunningAverage()
         self._average_rows = RunningAverage()  # [group, 1, 1], how many rows a statistic rests on
         self._refreshed: tuple[DampedFactor, DampedFactor] | None = None  # A and G
         self._growth: float | Tensor = 1.0  # [group, 1, 1], tr A tr G now over the last refresh's
+
+    def takes(self, call: MapCall) -> bool:
+        """Whether the rows of this call are rows of this block."""
+        return (call.inputs_first, call.groups) == (self.inputs_first, self.groups)
 
     def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
         """Add the rows of one call of the map.
@@ -84,6 +92,7 @@ class KroneckerBlock(Block):
             score: d(Σ √w s)/d(output), of the output's shape.
             share: of the draw among all draws of the step.
         """
+        assert self.takes(call), "a map in another layout than this block's"
         a = call.input_rows().to(self._dtype).flatten(1, 2)  # [group, rows, in]
         g = call.score_rows(score).to(self._dtype).flatten(1, 2)  # [group, rows, out]
         counted = (g != 0).any(-1, keepdim=True).to(self._dtype)  # [group, rows, 1]
@@ -228,6 +237,7 @@ class KroneckerBlock(Block):
         return {
             "kind": self.kind,
             "groups": self.groups,
+            "inputs_first": self.inputs_first,
             "average_A": self._average_A.state_dict(),
             "average_G": self._average_G.state_dict(),
             "average_rows": self._average_rows.state_dict(),
@@ -254,18 +264,22 @@ class KroneckerBlock(Block):
 
     def _as_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Weight (and bias) to `[group, out, in]`, the bias as the last input."""
-        columns = [tensors[0].reshape(self.groups, self._out, -1)]
+        if self.inputs_first:
+            columns = [tensors[0].reshape(self.groups, -1, self._out).mT]
+        else:
+            columns = [tensors[0].reshape(self.groups, self._out, -1)]
         if self._bias is not None:
             columns.append(tensors[1].reshape(self.groups, self._out, 1))
         return torch.cat(columns, 2).to(self._dtype)
 
     def _as_parameters(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        if self._bias is None:
-            return [matrix.reshape(like[0].shape).to(like[0].dtype)]
-        weight, bias = matrix[:, :, :-1], matrix[:, :, -1]
+        weight = matrix if self._bias is None else matrix[:, :, :-1]
+        if self.inputs_first:
+            weight = weight.mT
+        parts = [weight] if self._bias is None else [weight, matrix[:, :, -1]]
         return [
-            weight.reshape(like[0].shape).to(like[0].dtype),
-            bias.reshape(like[1].shape).to(like[1].dtype),
+            part.reshape(t.shape).to(t.dtype).contiguous()
+            for part, t in zip(parts, like, strict=True)
         ]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.nn.functional as F
 
-from ngplugin.curvature.taps.convolutions import convolution
+from ngplugin.curvature.taps.convolutions import convolution, transposed_convolution
 from ngplugin.curvature.taps.map_call import MapCall as MapCall
 from ngplugin.curvature.taps.matrices import linear
 
@@ -24,6 +24,9 @@ _READERS: dict[Callable[..., Any], Callable[..., MapCall | None]] = {
     F.conv1d: convolution("conv1d"),
     F.conv2d: convolution("conv2d"),
     F.conv3d: convolution("conv3d"),
+    F.conv_transpose1d: transposed_convolution("conv_transpose1d"),
+    F.conv_transpose2d: transposed_convolution("conv_transpose2d"),
+    F.conv_transpose3d: transposed_convolution("conv_transpose3d"),
 }
 
 

@@ -40,6 +40,44 @@ def convolution(kind: str) -> Callable[..., MapCall]:
     return read
 
 
+def transposed_convolution(kind: str) -> Callable[..., MapCall]:
+    """A reader of `F.conv_transpose1d`, `F.conv_transpose2d` or `F.conv_transpose3d`.
+
+    The rows are the positions of the *input*: each is mapped to a whole patch of the output, and
+    overlapping patches are added up. So the score of a row is the patch of the output's score
+    that it reaches, and the bias, added to each output position once, is no part of a row.
+    """
+
+    def read(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        dilation: Sizes = 1,
+    ) -> MapCall:
+        x = input.detach()
+        kernel = weight.shape[2:]  # of [in, out/groups, *kernel]
+        strides, dilations = _each(stride, kernel), _each(dilation, kernel)
+        # The patches cover the output as it would be with nothing cut off at its edges (padding)
+        # and nothing appended behind (output padding); negative margins remove what was appended.
+        pairs = zip(_each(padding, kernel), _each(output_padding, kernel), strict=True)
+        margins = [m for p, extra in reversed([*pairs]) for m in (p, p - extra)]
+
+        def input_rows() -> Tensor:
+            return position_rows(_batched(x, kernel), groups)
+
+        def score_rows(score: Tensor) -> Tensor:
+            whole = F.pad(_batched(score, kernel), margins)
+            return patch_rows(whole, kernel, strides, dilations, groups)
+
+        return MapCall(kind, weight, bias, groups, input_rows, score_rows, True, False)
+
+    return read
+
+
 def patch_rows(
     image: Tensor,
     kernel: Sequence[int],

@@ -15,10 +15,12 @@ class MapCall:
     Attributes:
         kind: what the coverage table calls it.
         weight: the parameter; as a matrix it is `[group, out, in]` in memory order.
-        bias: the parameter added to each output row, if any.
-        groups: number of independent maps.
-        input_rows: computes `[group, example, shared, in]`.
+        bias: the parameter added to the output, if any.
+        groups: number of independent maps that the whole weight is.
+        input_rows: computes `[group, example, shared, in]`, of the groups that the call applies.
         score_rows: turns a gradient of the output's shape into `[group, example, shared, out]`.
+        inputs_first: the weight is `[group, in, out]` in memory order instead.
+        bias_joins: the bias is added once to each row, as an input of value 1 would be.
     """
 
     kind: str
@@ -27,3 +29,5 @@ class MapCall:
     groups: int
     input_rows: Callable[[], Tensor]
     score_rows: Callable[[Tensor], Tensor]
+    inputs_first: bool = False
+    bias_joins: bool = True
