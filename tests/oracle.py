@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from ngplugin.curvature.blocks import Block, DiagonalBlock, KroneckerBlock
+from ngplugin.curvature.blocks import Block, DiagonalBlock, HalfDiagonalBlock, KroneckerBlock
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngplugin.curvature.objective import ObjectiveWeight
@@ -162,6 +162,8 @@ def dense_average(block: Block) -> Tensor:
     """The block's present average of F/Σw as a matrix over its flattened parameters."""
     if isinstance(block, DiagonalBlock):
         return torch.diag(block._average.value.reshape(-1))
+    if isinstance(block, HalfDiagonalBlock):
+        return torch.kron(torch.diag(block._average_D.value), block._average_S.value)
     assert isinstance(block, KroneckerBlock)
     return kronecker_dense(block, block._average_A.value, block._average_G.value)
 
@@ -183,6 +185,19 @@ def dense_damped(
         F = dense_average(block)
         unit = F.diagonal().mean() if mode == "relative" else 1.0
         return F + value * unit * torch.eye(len(F), dtype=F.dtype)
+    if isinstance(block, HalfDiagonalBlock):
+        D, S = torch.diag(block._average_D.value), block._average_S.value
+        tr_d, tr_s = D.trace() / len(D), S.trace() / len(S)
+        if mode == "relative":
+            n = block._average_D.effective_count * block._average_rows.value
+            more_d, more_s = value * tr_d, (value + sampling * len(S) / n) * tr_s
+        else:
+            pi = (tr_d / tr_s).sqrt()
+            more_d, more_s = pi * value**0.5, value**0.5 / pi
+        more_d = more_d + block._average_row.value
+        return torch.kron(
+            D + more_d * torch.eye(len(D)).to(D), S + more_s * torch.eye(len(S)).to(S)
+        )
     assert isinstance(block, KroneckerBlock)
     damped = []
     A, G = block._average_A.value, block._average_G.value

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ngplugin.curvature.blocks import BlockDamping, DiagonalBlock, KroneckerBlock
+from ngplugin.curvature.blocks import BlockDamping, DiagonalBlock, HalfDiagonalBlock, KroneckerBlock
 from ngplugin.curvature.taps import read_map_call
 from tests.oracle import dense_average, dense_damped, flat, randn
 
@@ -49,6 +49,22 @@ def diagonal():
     return block
 
 
+def half_diagonal(tied=True):
+    weight = nn.Parameter(randn(6, 3))
+    block = HalfDiagonalBlock(weight)
+    for i in range(3):
+        tokens, x = torch.arange(5 + i) * 2 % 5, randn(4, 3, seed=i)
+        block.add_map_score(
+            read_map_call(F.embedding, (tokens, weight), {}), randn(5 + i, 3, seed=20 + i), 1.0
+        )
+        if tied:
+            block.add_map_score(
+                read_map_call(F.linear, (x, weight), {}), randn(4, 6, seed=30 + i), 0.5
+            )
+        assert block.fold(5.0 + i, 0.8)
+    return block
+
+
 BLOCKS = {
     "linear": lambda: kronecker("linear"),
     "linear without bias": lambda: kronecker("linear", bias=False),
@@ -57,6 +73,8 @@ BLOCKS = {
     "grouped conv2d": lambda: kronecker("grouped"),
     "grouped conv2d without bias": lambda: kronecker("grouped", bias=False),
     "diagonal": diagonal,
+    "embedding": lambda: half_diagonal(tied=False),
+    "tied embedding": half_diagonal,
 }
 every_block = pytest.mark.parametrize("name", BLOCKS)
 every_damping = pytest.mark.parametrize("damping", DAMPINGS, ids=str)
@@ -155,6 +173,9 @@ def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
     before = float(dense_average(block).trace())
     if isinstance(block, DiagonalBlock):
         block.add_gradient_score(10 * randn(3, 4), 1.0)
+    elif isinstance(block, HalfDiagonalBlock):
+        added = block._average_D.value, 90 * block._average_S.value, torch.ones(()).double()
+        block._added = {True: added}
     else:
         block._added = (
             9 * block._average_A.value,
@@ -176,6 +197,10 @@ def test_a_statistic_that_is_not_finite_is_dropped(name):
     before = dense_average(block)
     if isinstance(block, DiagonalBlock):
         block.add_gradient_score(torch.full((3, 4), torch.nan).double(), 1.0)
+    elif isinstance(block, HalfDiagonalBlock):
+        S = block._average_S.value
+        S[0, 0] = torch.inf
+        block._added = {False: (block._average_D.value, S, torch.ones(()).double())}
     else:
         A, rows, G = block._average_A.value, block._average_rows.value, block._average_G.value
         G[0, 0, 0] = torch.inf
@@ -236,6 +261,8 @@ def test_a_saved_block_gives_the_same_products_and_the_same_future(name):
     one.refresh(BlockDamping(0.2))
     if isinstance(one, DiagonalBlock):
         other = DiagonalBlock(one.parameters[0])
+    elif isinstance(one, HalfDiagonalBlock):
+        other = HalfDiagonalBlock(one.parameters[0])
     else:
         other = KroneckerBlock(one.parameters[0], one._bias, one.groups)
     other.load_state_dict(one.state_dict())

@@ -34,6 +34,7 @@ def options(dims):
         {"padding": each(dims, 0, 0, 1), "dilation": each(dims, 2, 1, 3)},
         {"groups": 2, "stride": 2, "padding": 1, "dilation": each(dims, 1, 1, 2)},
         {"groups": 4, "stride": (2,), "output_padding": (1,), "padding": (1,)},
+        {"dilation": 3, "output_padding": 2, "padding": 1},
     ]
 
 

@@ -9,9 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks import Block, BlockDamping, DiagonalBlock, KroneckerBlock
+from ngplugin.curvature.blocks import (
+    Block,
+    BlockDamping,
+    DiagonalBlock,
+    HalfDiagonalBlock,
+    KroneckerBlock,
+)
 from ngplugin.curvature.blocks.block import curvature_dtype
-from ngplugin.curvature.taps import MapCall
+from ngplugin.curvature.taps import LookupCall, MapCall
+
+MapBlock = (KroneckerBlock, HalfDiagonalBlock)  # the blocks that take the scores of maps
+# More outputs than this, a vocabulary, are kept as a diagonal: their matrix squared has no room.
+_LARGEST_FACTOR = 8192
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
 
@@ -55,7 +65,7 @@ class Fisher:
 
     # -- taking scores in (the observer's side) ----------------------------------------------
 
-    def assign(self, calls: Sequence[MapCall]) -> None:
+    def assign(self, calls: Sequence[MapCall | LookupCall]) -> None:
         """Give the weight of each map a block, when it is first seen.
 
         A bias joins its weight's block if it is added by no other weight, and to each row once;
@@ -64,41 +74,81 @@ class Fisher:
         """
         if self._diagonal:
             return
-        followed = {id(p) for p in self.parameters}
         added_by: dict[int, set[int]] = {}
+        uses: dict[int, list[MapCall | LookupCall]] = {}
         for call in calls:
-            if call.bias is not None:
+            uses.setdefault(id(call.weight), []).append(call)
+            if isinstance(call, MapCall) and call.bias is not None:
                 added_by.setdefault(id(call.bias), set()).add(id(call.weight))
                 self._use.setdefault(id(call.bias), f"bias of {call.kind}")
-        for call in calls:
-            if id(call.weight) in self._block_of:
-                continue
-            bias = call.bias
-            joins = (
-                bias is not None
-                and call.bias_joins
-                and bias.requires_grad
-                and id(bias) in followed
-                and id(bias) not in self._block_of
-                and len(added_by[id(bias)]) == 1
-            )
-            block = KroneckerBlock(
-                call.weight, bias if joins else None, call.groups, call.inputs_first
-            )
-            self._settle(block, f"weight of {call.kind}")
-            if joins:
-                self._reason[id(bias)] = f"bias of {call.kind}, an input of value 1"
+        shared = {bias for bias, weights in added_by.items() if len(weights) > 1}
+        for found in uses.values():
+            block = self._block_of.get(id(found[0].weight))
+            if block is None or (
+                isinstance(block, MapBlock) and not all(block.takes(call) for call in found)
+            ):
+                self._choose(found, block, shared)
+
+    def _choose(
+        self, calls: Sequence[MapCall | LookupCall], old: Block | None, shared: set[int]
+    ) -> None:
+        """Give a weight a block that takes all its calls.
+
+        Args:
+            calls: of the weight.
+            old: its block so far, made for another layout; its average is given up.
+            shared: the ids of the biases that more than one weight adds.
+        """
+        weight = calls[0].weight
+        for p in old.parameters if old else ():
+            del self._block_of[id(p)]
+        reason = "weight of " + " and ".join(dict.fromkeys(call.kind for call in calls))
+        maps = [call for call in calls if isinstance(call, MapCall)]
+        first = maps[0] if maps else None
+        half_diagonal = (
+            first is None
+            or len(maps) < len(calls)
+            or isinstance(old, HalfDiagonalBlock)
+            or (weight.dim() == 2 and weight.shape[0] > _LARGEST_FACTOR)
+        )
+        block: Block
+        if half_diagonal:
+            block = HalfDiagonalBlock(weight)
+        else:
+            assert first is not None
+            bias = self._joining_bias(first, shared)
+            block = KroneckerBlock(weight, bias, first.groups, first.inputs_first)
+            if bias is not None:
+                self._reason[id(bias)] = f"bias of {first.kind}, an input of value 1"
+        if not all(block.takes(call) for call in calls):
+            block = DiagonalBlock(weight)
+            reason += ", which no one block can hold"
+        for p in block.parameters:
+            self._block_of[id(p)] = block
+        self._reason[id(weight)] = reason
+
+    def _joining_bias(self, call: MapCall, shared: set[int]) -> Tensor | None:
+        """The bias that is to be one more input of the call's weight."""
+        bias = call.bias
+        if (
+            bias is None
+            or not call.bias_joins
+            or not bias.requires_grad
+            or not any(bias is p for p in self.parameters)
+            or id(bias) in self._block_of
+            or id(bias) in shared
+        ):
+            return None
+        return bias
 
     def unmapped(self) -> list[Tensor]:
-        """The parameters that no Kronecker block holds."""
-        return [
-            p for p in self.parameters if not isinstance(self._block_of.get(id(p)), KroneckerBlock)
-        ]
+        """The parameters that no map's block holds."""
+        return [p for p in self.parameters if not isinstance(self._block_of.get(id(p)), MapBlock)]
 
-    def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
+    def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
         block = self._block_of.get(id(call.weight))
-        if isinstance(block, KroneckerBlock):
+        if isinstance(block, MapBlock):
             block.add_map_score(call, score, share)
 
     def add_gradient_score(self, parameter: Tensor, score: Tensor, share: float) -> None:
@@ -253,6 +303,8 @@ class Fisher:
             if saved["kind"] == KroneckerBlock.kind:
                 bias = parameters[1] if len(parameters) > 1 else None
                 block = KroneckerBlock(parameters[0], bias, saved["groups"], saved["inputs_first"])
+            elif saved["kind"] == HalfDiagonalBlock.kind:
+                block = HalfDiagonalBlock(parameters[0])
             else:
                 block = DiagonalBlock(parameters[0], saved["empirical"])
             block.load_state_dict(saved)

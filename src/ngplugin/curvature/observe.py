@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from ngplugin.curvature.likelihoods import Likelihood, LossCall, read_loss_call
 from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
 from ngplugin.curvature.tape import Mark, Tape
-from ngplugin.curvature.taps import MapCall, read_map_call
+from ngplugin.curvature.taps import LookupCall, MapCall, read_map_call
 
 FisherKind = Literal["sampled", "propagated"]
 
@@ -37,13 +37,13 @@ FisherKind = Literal["sampled", "propagated"]
 class ScoreSink(Protocol):
     """What takes the scores in: the Fisher matrix under construction."""
 
-    def assign(self, calls: Sequence[MapCall]) -> None:
+    def assign(self, calls: Sequence[MapCall | LookupCall]) -> None:
         """Learn which parameters act through which maps."""
 
     def unmapped(self) -> list[Tensor]:
         """The parameters whose score is wanted as a plain gradient."""
 
-    def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
+    def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
 
     def add_gradient_score(self, parameter: Tensor, score: Tensor, share: float) -> None:
@@ -90,7 +90,7 @@ class Observation:
     """What one forward and backward pass showed."""
 
     tape: Tape | None
-    maps: list[tuple[MapCall, GradientEdge]] = field(default_factory=list)
+    maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
     scored: list[ScoredLoss] = field(default_factory=list)
     recognised: int = 0  # loss calls seen, scored or not
     seconds: float = 0.0  # spent on the Fisher backward

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,35 +10,8 @@ from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
-from ngplugin.curvature.taps import MapCall
-
-
-@dataclass(frozen=True)
-class DampedFactor:
-    """One Kronecker factor as of a refresh.
-
-    Attributes:
-        matrix: undamped, `[group, d, d]`.
-        damping: what is added to its diagonal, `[group, 1, 1]`.
-        inverse: of the damped matrix.
-    """
-
-    matrix: Tensor
-    damping: Tensor
-    inverse: Tensor
-
-    @staticmethod
-    def of(matrix: Tensor, damping: Tensor) -> DampedFactor | None:
-        """Invert by Cholesky, in float64 if the first try fails; None if that fails too."""
-        damped = matrix.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed.any():  # once more, on the CPU because not every device knows float64
-            factor, failed = torch.linalg.cholesky_ex(damped.cpu().double())
-            if failed.any():  # the inverse of a factor with a zero on its diagonal would raise
-                return None
-        inverse = torch.cholesky_inverse(factor).to(matrix)
-        return DampedFactor(matrix, damping, inverse) if finite(inverse) else None
+from ngplugin.curvature.blocks.factor import DampedFactor, mean_eigenvalue
+from ngplugin.curvature.taps import LookupCall, MapCall
 
 
 class KroneckerBlock(Block):
@@ -80,11 +52,13 @@ class KroneckerBlock(Block):
         self._refreshed: tuple[DampedFactor, DampedFactor] | None = None  # A and G
         self._growth: float | Tensor = 1.0  # [group, 1, 1], tr A tr G now over the last refresh's
 
-    def takes(self, call: MapCall) -> bool:
+    def takes(self, call: MapCall | LookupCall) -> bool:
         """Whether the rows of this call are rows of this block."""
+        if isinstance(call, LookupCall):
+            return False
         return (call.inputs_first, call.groups) == (self.inputs_first, self.groups)
 
-    def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
+    def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Add the rows of one call of the map.
 
         Args:
@@ -92,7 +66,7 @@ class KroneckerBlock(Block):
             score: d(Σ √w s)/d(output), of the output's shape.
             share: of the draw among all draws of the step.
         """
-        assert self.takes(call), "a map in another layout than this block's"
+        assert isinstance(call, MapCall), "a call of another layout"
         a = call.input_rows().to(self._dtype).flatten(1, 2)  # [group, rows, in]
         g = call.score_rows(score).to(self._dtype).flatten(1, 2)  # [group, rows, out]
         counted = (g != 0).any(-1, keepdim=True).to(self._dtype)  # [group, rows, 1]
@@ -129,8 +103,8 @@ class KroneckerBlock(Block):
         self._average_rows.update(rows, decay)
         if self._refreshed is not None:
             old_A, old_G = (factor.matrix for factor in self._refreshed)
-            now = _mean_eigenvalue(self._average_A.value) * _mean_eigenvalue(self._average_G.value)
-            then = _mean_eigenvalue(old_A) * _mean_eigenvalue(old_G)
+            now = mean_eigenvalue(self._average_A.value) * mean_eigenvalue(self._average_G.value)
+            then = mean_eigenvalue(old_A) * mean_eigenvalue(old_G)
             self._growth = torch.where(then > 0, now / then, 1.0)
         return True
 
@@ -153,7 +127,7 @@ class KroneckerBlock(Block):
     def mean_eigenvalue(self) -> Tensor:
         """The product of the factors' mean eigenvalues, averaged over the groups."""
         A, G = self._average_A.value, self._average_G.value
-        return (_mean_eigenvalue(A) * _mean_eigenvalue(G)).mean()
+        return (mean_eigenvalue(A) * mean_eigenvalue(G)).mean()
 
     def refresh(self, damping: BlockDamping) -> bool:
         """Damp each factor and invert it.
@@ -170,7 +144,7 @@ class KroneckerBlock(Block):
         exceeds A ⊗ G + λI by cross terms only (Martens & Grosse 2015, §6.3).
         """
         A, G = self._average_A.value, self._average_G.value
-        mean_A, mean_G = _mean_eigenvalue(A), _mean_eigenvalue(G)  # [group, 1, 1]
+        mean_A, mean_G = mean_eigenvalue(A), mean_eigenvalue(G)  # [group, 1, 1]
         tiny = torch.finfo(self._dtype).tiny
         if damping.mode == "relative":
             mean_G = torch.maximum(mean_G, damping.floor / mean_A.clamp_min(tiny))
@@ -281,8 +255,3 @@ class KroneckerBlock(Block):
             part.reshape(t.shape).to(t.dtype).contiguous()
             for part, t in zip(parts, like, strict=True)
         ]
-
-
-def _mean_eigenvalue(M: Tensor) -> Tensor:
-    """tr M / d of each matrix, `[group, 1, 1]`."""
-    return M.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]

@@ -16,10 +16,12 @@ from typing import Any
 import torch.nn.functional as F
 
 from ngplugin.curvature.taps.convolutions import convolution, transposed_convolution
+from ngplugin.curvature.taps.lookups import embedding, embedding_bag
+from ngplugin.curvature.taps.map_call import LookupCall as LookupCall
 from ngplugin.curvature.taps.map_call import MapCall as MapCall
 from ngplugin.curvature.taps.matrices import linear
 
-_READERS: dict[Callable[..., Any], Callable[..., MapCall | None]] = {
+_READERS: dict[Callable[..., Any], Callable[..., MapCall | LookupCall | None]] = {
     F.linear: linear,
     F.conv1d: convolution("conv1d"),
     F.conv2d: convolution("conv2d"),
@@ -27,12 +29,14 @@ _READERS: dict[Callable[..., Any], Callable[..., MapCall | None]] = {
     F.conv_transpose1d: transposed_convolution("conv_transpose1d"),
     F.conv_transpose2d: transposed_convolution("conv_transpose2d"),
     F.conv_transpose3d: transposed_convolution("conv_transpose3d"),
+    F.embedding: embedding,
+    F.embedding_bag: embedding_bag,
 }
 
 
 def read_map_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> MapCall | None:
+) -> MapCall | LookupCall | None:
     """The linear map that a call of a torch function applies, None if it is none we know."""
     reader = _READERS.get(function)
     return None if reader is None else reader(*args, **kwargs)

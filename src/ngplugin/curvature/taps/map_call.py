@@ -31,3 +31,21 @@ class MapCall:
     score_rows: Callable[[Tensor], Tensor]
     inputs_first: bool = False
     bias_joins: bool = True
+
+
+@dataclass(frozen=True)
+class LookupCall:
+    """One observed look-up: the linear map of one-hot inputs, whose rows are never written out.
+
+    Attributes:
+        kind: what the coverage table calls it.
+        weight: the parameter, `[vocabulary, dim]`.
+        indices: which row of the weight each input row looks up, `[rows]`.
+        score_rows: turns a gradient of the output's shape into `[rows, dim]`; zero where the
+            weight gets no gradient (padding).
+    """
+
+    kind: str
+    weight: Tensor
+    indices: Tensor
+    score_rows: Callable[[Tensor], Tensor]
