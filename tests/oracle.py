@@ -9,7 +9,13 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from ngplugin.curvature.blocks import Block, DiagonalBlock, HalfDiagonalBlock, KroneckerBlock
+from ngplugin.curvature.blocks import (
+    Block,
+    DiagonalBlock,
+    HalfDiagonalBlock,
+    KroneckerBlock,
+    UnitBlock,
+)
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngplugin.curvature.objective import ObjectiveWeight
@@ -162,10 +168,19 @@ def dense_average(block: Block) -> Tensor:
     """The block's present average of F/Σw as a matrix over its flattened parameters."""
     if isinstance(block, DiagonalBlock):
         return torch.diag(block._average.value.reshape(-1))
+    if isinstance(block, UnitBlock):
+        return units_dense(block._average.value)
     if isinstance(block, HalfDiagonalBlock):
         return torch.kron(torch.diag(block._average_D.value), block._average_S.value)
     assert isinstance(block, KroneckerBlock)
     return kronecker_dense(block, block._average_A.value, block._average_G.value)
+
+
+def units_dense(units: Tensor) -> Tensor:
+    """`[feature, 2, 2]` over all scales, then all offsets."""
+    return torch.cat(
+        [torch.cat([torch.diag(units[:, i, j]) for j in range(2)], 1) for i in range(2)]
+    )
 
 
 def kronecker_dense(block: KroneckerBlock, A: Tensor, G: Tensor) -> Tensor:
@@ -185,6 +200,11 @@ def dense_damped(
         F = dense_average(block)
         unit = F.diagonal().mean() if mode == "relative" else 1.0
         return F + value * unit * torch.eye(len(F), dtype=F.dtype)
+    if isinstance(block, UnitBlock):
+        F, n = dense_average(block), block._average.effective_count
+        own = block._average.value.diagonal(dim1=1, dim2=2).mean(1).repeat(2)
+        more = value * own.mean() + 2 * sampling / n * own if mode == "relative" else value
+        return F + more * torch.eye(len(F)).to(F)
     if isinstance(block, HalfDiagonalBlock):
         D, S = torch.diag(block._average_D.value), block._average_S.value
         tr_d, tr_s = D.trace() / len(D), S.trace() / len(S)

@@ -15,9 +15,10 @@ from ngplugin.curvature.blocks import (
     DiagonalBlock,
     HalfDiagonalBlock,
     KroneckerBlock,
+    UnitBlock,
 )
 from ngplugin.curvature.blocks.block import curvature_dtype
-from ngplugin.curvature.taps import LookupCall, MapCall
+from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 MapBlock = (KroneckerBlock, HalfDiagonalBlock)  # the blocks that take the scores of maps
 # More outputs than this, a vocabulary, are kept as a diagonal: their matrix squared has no room.
@@ -46,8 +47,8 @@ class Condition:
 class Fisher:
     """A block-diagonal Fisher matrix, built up from scores; all in units of F/Σw.
 
-    The weight of each linear map that is known gets a Kronecker block, every other parameter a
-    diagonal one.
+    The weight of each linear map that is known gets a Kronecker block, scale and offset of a
+    normalization a unit-wise one, every other parameter a diagonal one.
 
     Args:
         diagonal: give all parameters diagonal blocks.
@@ -65,7 +66,7 @@ class Fisher:
 
     # -- taking scores in (the observer's side) ----------------------------------------------
 
-    def assign(self, calls: Sequence[MapCall | LookupCall]) -> None:
+    def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
         """Give the weight of each map a block, when it is first seen.
 
         A bias joins its weight's block if it is added by no other weight, and to each row once;
@@ -88,6 +89,32 @@ class Fisher:
                 isinstance(block, MapBlock) and not all(block.takes(call) for call in found)
             ):
                 self._choose(found, block, shared)
+        self._pair(norms)
+
+    def _pair(self, norms: Sequence[NormCall]) -> None:
+        """Give scale and offset one block, where each is used with no other."""
+        partners: dict[int, set[int]] = {}
+        for norm in norms:
+            for p, role, other in (
+                (norm.weight, "weight", norm.bias),
+                (norm.bias, "bias", norm.weight),
+            ):
+                if p is not None:
+                    self._use.setdefault(id(p), f"{role} of {norm.kind}")
+                    partners.setdefault(id(p), set()).add(id(other))
+        followed = {id(p) for p in self.parameters if p.requires_grad}
+        for norm in norms:
+            scale, offset = norm.weight, norm.bias
+            if scale is None or offset is None or scale.shape != offset.shape:
+                continue
+            if all(
+                id(p) in followed and id(p) not in self._block_of and len(partners[id(p)]) == 1
+                for p in (scale, offset)
+            ):
+                block = UnitBlock(scale, offset)
+                for p in block.parameters:
+                    self._block_of[id(p)] = block
+                    self._reason[id(p)] = self._use[id(p)]
 
     def _choose(
         self, calls: Sequence[MapCall | LookupCall], old: Block | None, shared: set[int]
@@ -151,14 +178,21 @@ class Fisher:
         if isinstance(block, MapBlock):
             block.add_map_score(call, score, share)
 
-    def add_gradient_score(self, parameter: Tensor, score: Tensor, share: float) -> None:
-        """Take d(score)/d(parameter), counting `share` of a draw."""
-        block = self._block_of.get(id(parameter))
-        if block is None:
-            block = DiagonalBlock(parameter)
-            self._settle(block, self._use.get(id(parameter), "used by no linear map that is known"))
-        assert isinstance(block, DiagonalBlock)
-        block.add_gradient_score(score, share)
+    def add_gradient_scores(self, scores: Sequence[tuple[Tensor, Tensor]], share: float) -> None:
+        """Take each parameter with its d(score)/d(parameter), counting `share` of a draw."""
+        score_of = {id(p): score for p, score in scores}
+        for p, score in scores:
+            block = self._block_of.get(id(p))
+            if block is None:
+                block = DiagonalBlock(p)
+                self._settle(block, self._use.get(id(p), "used by no linear map that is known"))
+            if isinstance(block, UnitBlock):
+                if p is next(q for q in block.parameters if id(q) in score_of):  # once a draw
+                    pair = [score_of.get(id(q), torch.zeros_like(q)) for q in block.parameters]
+                    block.add_gradient_scores(pair, share)
+            else:
+                assert isinstance(block, DiagonalBlock)
+                block.add_gradient_score(score, share)
 
     def discard(self) -> None:
         """Forget what was added and not folded."""
@@ -305,6 +339,8 @@ class Fisher:
                 block = KroneckerBlock(parameters[0], bias, saved["groups"], saved["inputs_first"])
             elif saved["kind"] == HalfDiagonalBlock.kind:
                 block = HalfDiagonalBlock(parameters[0])
+            elif saved["kind"] == UnitBlock.kind:
+                block = UnitBlock(*parameters)
             else:
                 block = DiagonalBlock(parameters[0], saved["empirical"])
             block.load_state_dict(saved)

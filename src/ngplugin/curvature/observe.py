@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 from ngplugin.curvature.likelihoods import Likelihood, LossCall, read_loss_call
 from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
 from ngplugin.curvature.tape import Mark, Tape
-from ngplugin.curvature.taps import LookupCall, MapCall, read_map_call
+from ngplugin.curvature.taps import LookupCall, MapCall, NormCall, read_map_call, read_norm_call
 
 FisherKind = Literal["sampled", "propagated"]
 
@@ -37,8 +37,8 @@ FisherKind = Literal["sampled", "propagated"]
 class ScoreSink(Protocol):
     """What takes the scores in: the Fisher matrix under construction."""
 
-    def assign(self, calls: Sequence[MapCall | LookupCall]) -> None:
-        """Learn which parameters act through which maps."""
+    def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
+        """Learn which parameters act through which maps and normalizations."""
 
     def unmapped(self) -> list[Tensor]:
         """The parameters whose score is wanted as a plain gradient."""
@@ -46,8 +46,8 @@ class ScoreSink(Protocol):
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
 
-    def add_gradient_score(self, parameter: Tensor, score: Tensor, share: float) -> None:
-        """Take d(score)/d(parameter), counting `share` of a draw."""
+    def add_gradient_scores(self, scores: Sequence[tuple[Tensor, Tensor]], share: float) -> None:
+        """Take each parameter with its d(score)/d(parameter), counting `share` of a draw."""
 
 
 @dataclass
@@ -91,6 +91,7 @@ class Observation:
 
     tape: Tape | None
     maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
+    norms: list[NormCall] = field(default_factory=list)
     scored: list[ScoredLoss] = field(default_factory=list)
     recognised: int = 0  # loss calls seen, scored or not
     seconds: float = 0.0  # spent on the Fisher backward
@@ -182,6 +183,9 @@ class Observer(TorchFunctionMode):
             if call and call.weight.requires_grad and id(call.weight) in self._parameters:
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append((call, get_gradient_edge(result)))
+            norm = read_norm_call(func, args, kwargs)
+            if norm and any(id(p) in self._parameters for p in (norm.weight, norm.bias)):
+                self.observation.norms.append(norm)
         return result
 
     def _watch_loss(self, loss: LossCall, mark: Mark | None, value: Tensor) -> None:
@@ -213,7 +217,7 @@ class Observer(TorchFunctionMode):
         Terms are independent, so the gradient of Σ_i √w_i s_i has the covariance F.
         """
         assert self._sink is not None
-        self._sink.assign([call for call, _ in observation.maps])
+        self._sink.assign([call for call, _ in observation.maps], observation.norms)
         unmapped = [p for p in self._sink.unmapped() if p.requires_grad]
         inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
         if not inputs:
@@ -239,9 +243,10 @@ class Observer(TorchFunctionMode):
             for (call, _), score in zip(observation.maps, scores, strict=False):
                 if score is not None:
                     self._sink.add_map_score(call, score, 1 / self._draws)
-            for p, score in zip(unmapped, scores[len(observation.maps) :], strict=True):
-                if score is not None:
-                    self._sink.add_gradient_score(p, score, 1 / self._draws)
+            gradients = zip(unmapped, scores[len(observation.maps) :], strict=True)
+            self._sink.add_gradient_scores(
+                [(p, score) for p, score in gradients if score is not None], 1 / self._draws
+            )
 
 
 class _Paused(AbstractContextManager[None]):

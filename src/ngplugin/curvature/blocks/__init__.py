@@ -6,6 +6,7 @@ from ngplugin.curvature.blocks.block import DampingMode as DampingMode
 from ngplugin.curvature.blocks.diagonal import DiagonalBlock as DiagonalBlock
 from ngplugin.curvature.blocks.half_diagonal import HalfDiagonalBlock as HalfDiagonalBlock
 from ngplugin.curvature.blocks.kronecker import KroneckerBlock as KroneckerBlock
+from ngplugin.curvature.blocks.unit import UnitBlock as UnitBlock
 
 __all__ = [
     "Block",
@@ -14,4 +15,5 @@ __all__ = [
     "DiagonalBlock",
     "HalfDiagonalBlock",
     "KroneckerBlock",
+    "UnitBlock",
 ]

@@ -20,6 +20,8 @@ from ngplugin.curvature.taps.lookups import embedding, embedding_bag
 from ngplugin.curvature.taps.map_call import LookupCall as LookupCall
 from ngplugin.curvature.taps.map_call import MapCall as MapCall
 from ngplugin.curvature.taps.matrices import linear
+from ngplugin.curvature.taps.norms import NormCall as NormCall
+from ngplugin.curvature.taps.norms import read_norm_call as read_norm_call
 
 _READERS: dict[Callable[..., Any], Callable[..., MapCall | LookupCall | None]] = {
     F.linear: linear,
