@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -144,7 +145,10 @@ class Fisher:
         else:
             assert first is not None
             bias = self._joining_bias(first, shared)
-            block = KroneckerBlock(weight, bias, first.groups, first.inputs_first)
+            groups = math.lcm(*(call.groups for call in maps))
+            if isinstance(old, KroneckerBlock):
+                groups = math.lcm(groups, old.groups)
+            block = KroneckerBlock(weight, bias, groups, first.inputs_first)
             if bias is not None:
                 self._reason[id(bias)] = f"bias of {first.kind}, an input of value 1"
         if not all(block.takes(call) for call in calls):

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from ngplugin.curvature.composites import opened
 from ngplugin.curvature.likelihoods import Likelihood, LossCall, read_loss_call
 from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
 from ngplugin.curvature.tape import Mark, Tape
@@ -172,6 +173,10 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        body = opened(func) if self._sink is not None else None
+        if body is not None:  # its parts are recorded, and not the whole
+            with _Again(self):
+                return body(*args, **kwargs)
         loss = read_loss_call(func, args, kwargs) if torch.is_grad_enabled() else None
         tape = self.observation.tape
         mark = tape.mark(loss.predictions) if tape is not None and loss is not None else None
@@ -247,6 +252,19 @@ class Observer(TorchFunctionMode):
             self._sink.add_gradient_scores(
                 [(p, score) for p, score in gradients if score is not None], 1 / self._draws
             )
+
+
+class _Again(AbstractContextManager[None]):
+    """Puts a mode that is handling a call back on, for the calls inside it."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> None:
+        TorchFunctionMode.__enter__(self._observer)
+
+    def __exit__(self, *exc: Any) -> None:
+        TorchFunctionMode.__exit__(self._observer, *exc)
 
 
 class _Paused(AbstractContextManager[None]):

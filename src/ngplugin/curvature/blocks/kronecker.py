@@ -53,10 +53,15 @@ class KroneckerBlock(Block):
         self._growth: float | Tensor = 1.0  # [group, 1, 1], tr A tr G now over the last refresh's
 
     def takes(self, call: MapCall | LookupCall) -> bool:
-        """Whether the rows of this call are rows of this block."""
-        if isinstance(call, LookupCall):
+        """Whether the rows of this call are rows of this block.
+
+        Groups may be divided further if the outputs come first in memory: then all parts have the
+        same inputs.
+        """
+        if isinstance(call, LookupCall) or call.inputs_first != self.inputs_first:
             return False
-        return (call.inputs_first, call.groups) == (self.inputs_first, self.groups)
+        divided = not call.inputs_first and self.groups % call.groups == 0
+        return divided or call.groups == self.groups
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Add the rows of one call of the map.
@@ -69,6 +74,10 @@ class KroneckerBlock(Block):
         assert isinstance(call, MapCall), "a call of another layout"
         a = call.input_rows().to(self._dtype).flatten(1, 2)  # [group, rows, in]
         g = call.score_rows(score).to(self._dtype).flatten(1, 2)  # [group, rows, out]
+        parts = self.groups // call.groups
+        if parts > 1:
+            a = a.repeat_interleave(parts, 0)
+            g = g.unflatten(-1, (parts, -1)).movedim(2, 1).flatten(0, 1)
         counted = (g != 0).any(-1, keepdim=True).to(self._dtype)  # [group, rows, 1]
         a = a * counted  # counted² = counted, so aᵀa is the sum over the counted rows
         AA = a.mT @ a
@@ -80,10 +89,11 @@ class KroneckerBlock(Block):
         rows = counted.sum(1, keepdim=True)  # [group, 1, 1]
         GG = g.mT @ g
         if self._added is None:
-            self._added = AA * share, rows * share, GG * share
-        else:
-            for total, new in zip(self._added, (AA, rows, GG), strict=True):
-                total.add_(new, alpha=share)
+            A, one, G = (t.new_zeros(self.groups, *t.shape[1:]) for t in (AA, rows, GG))
+            self._added = A, one, G
+        start = call.first * parts
+        for total, new in zip(self._added, (AA, rows, GG), strict=True):
+            total[start : start + len(new)].add_(new, alpha=share)
 
     def discard(self) -> None:
         """Forget what was added and not folded."""
@@ -154,6 +164,12 @@ class KroneckerBlock(Block):
         else:
             pi = (mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny)).sqrt()
             A_damping, G_damping = damping.value**0.5 * pi, damping.value**0.5 / pi
+        unseen = self._average_rows.value == 0
+        if unseen.any() and not unseen.all():
+            # A group that no known map has used yet is scaled as the others are on average.
+            seen = ~unseen
+            A_damping = torch.where(unseen, mean_A[seen].mean(), A_damping)
+            G_damping = torch.where(unseen, mean_G[seen].mean(), G_damping)
         damped_A, damped_G = DampedFactor.of(A, A_damping), DampedFactor.of(G, G_damping)
         if damped_A is None or damped_G is None:
             return False

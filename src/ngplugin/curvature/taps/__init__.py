@@ -13,18 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 
 from ngplugin.curvature.taps.convolutions import convolution, transposed_convolution
 from ngplugin.curvature.taps.lookups import embedding, embedding_bag
 from ngplugin.curvature.taps.map_call import LookupCall as LookupCall
 from ngplugin.curvature.taps.map_call import MapCall as MapCall
-from ngplugin.curvature.taps.matrices import linear
+from ngplugin.curvature.taps.matrices import addmm, bilinear, linear, matmul
 from ngplugin.curvature.taps.norms import NormCall as NormCall
 from ngplugin.curvature.taps.norms import read_norm_call as read_norm_call
 
 _READERS: dict[Callable[..., Any], Callable[..., MapCall | LookupCall | None]] = {
     F.linear: linear,
+    F.bilinear: bilinear,
+    torch.matmul: matmul,
+    torch.mm: matmul,
+    torch.addmm: addmm,
+    torch.Tensor.matmul: matmul,
+    torch.Tensor.__matmul__: matmul,
+    torch.Tensor.mm: matmul,
+    torch.Tensor.addmm: addmm,
     F.conv1d: convolution("conv1d"),
     F.conv2d: convolution("conv2d"),
     F.conv3d: convolution("conv3d"),

@@ -21,6 +21,7 @@ class MapCall:
         score_rows: turns a gradient of the output's shape into `[group, example, shared, out]`.
         inputs_first: the weight is `[group, in, out]` in memory order instead.
         bias_joins: the bias is added once to each row, as an input of value 1 would be.
+        first: the first of the groups that the call applies.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class MapCall:
     score_rows: Callable[[Tensor], Tensor]
     inputs_first: bool = False
     bias_joins: bool = True
+    first: int = 0
 
 
 @dataclass(frozen=True)
