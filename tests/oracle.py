@@ -9,7 +9,13 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from ngplugin.curvature.blocks import Block, DiagonalBlock, KroneckerBlock
+from ngplugin.curvature.blocks import (
+    Block,
+    DiagonalBlock,
+    HalfDiagonalBlock,
+    KroneckerBlock,
+    UnitBlock,
+)
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngplugin.curvature.objective import ObjectiveWeight
@@ -149,10 +155,11 @@ def kronecker_places(block: KroneckerBlock) -> list[Tensor]:
     Places count over the block's parameters one after another: the weight, then the bias.
     """
     weight = block.parameters[0]
-    out = weight.shape[0] // block.groups
-    places = torch.arange(weight.numel()).reshape(block.groups, out, -1)
+    places = torch.arange(weight.numel()).reshape(block.groups, weight.shape[0] // block.groups, -1)
+    if block.inputs_first:
+        places = places.mT
     if len(block.parameters) > 1:
-        bias = weight.numel() + torch.arange(weight.shape[0]).reshape(block.groups, out, 1)
+        bias = weight.numel() + torch.arange(weight.shape[0]).reshape(block.groups, -1, 1)
         places = torch.cat([places, bias], 2)
     return [group.reshape(-1) for group in places]
 
@@ -161,8 +168,19 @@ def dense_average(block: Block) -> Tensor:
     """The block's present average of F/Σw as a matrix over its flattened parameters."""
     if isinstance(block, DiagonalBlock):
         return torch.diag(block._average.value.reshape(-1))
+    if isinstance(block, UnitBlock):
+        return units_dense(block._average.value)
+    if isinstance(block, HalfDiagonalBlock):
+        return torch.kron(torch.diag(block._average_D.value), block._average_S.value)
     assert isinstance(block, KroneckerBlock)
     return kronecker_dense(block, block._average_A.value, block._average_G.value)
+
+
+def units_dense(units: Tensor) -> Tensor:
+    """`[feature, 2, 2]` over all scales, then all offsets."""
+    return torch.cat(
+        [torch.cat([torch.diag(units[:, i, j]) for j in range(2)], 1) for i in range(2)]
+    )
 
 
 def kronecker_dense(block: KroneckerBlock, A: Tensor, G: Tensor) -> Tensor:
@@ -182,6 +200,24 @@ def dense_damped(
         F = dense_average(block)
         unit = F.diagonal().mean() if mode == "relative" else 1.0
         return F + value * unit * torch.eye(len(F), dtype=F.dtype)
+    if isinstance(block, UnitBlock):
+        F, n = dense_average(block), block._average.effective_count
+        own = block._average.value.diagonal(dim1=1, dim2=2).mean(1).repeat(2)
+        more = value * own.mean() + 2 * sampling / n * own if mode == "relative" else value
+        return F + more * torch.eye(len(F)).to(F)
+    if isinstance(block, HalfDiagonalBlock):
+        D, S = torch.diag(block._average_D.value), block._average_S.value
+        tr_d, tr_s = D.trace() / len(D), S.trace() / len(S)
+        if mode == "relative":
+            n = block._average_D.effective_count * block._average_rows.value
+            more_d, more_s = value * tr_d, (value + sampling * len(S) / n) * tr_s
+        else:
+            pi = (tr_d / tr_s).sqrt()
+            more_d, more_s = pi * value**0.5, value**0.5 / pi
+        more_d = more_d + block._average_row.value
+        return torch.kron(
+            D + more_d * torch.eye(len(D)).to(D), S + more_s * torch.eye(len(S)).to(S)
+        )
     assert isinstance(block, KroneckerBlock)
     damped = []
     A, G = block._average_A.value, block._average_G.value

@@ -14,7 +14,13 @@ ROOT = Path(ngplugin.__file__).parent
 # From the ground up. What shares a floor may not import each other, unless it is one package.
 FLOORS = [
     {"errors"},
-    {"curvature.likelihoods", "curvature.taps", "curvature.tape", "curvature.average"},
+    {
+        "curvature.likelihoods",
+        "curvature.taps",
+        "curvature.tape",
+        "curvature.average",
+        "curvature.composites",
+    },
     {"curvature.blocks", "curvature.observe"},
     {"curvature.fisher", "curvature.objective"},
     {"curvature"},

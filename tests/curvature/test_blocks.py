@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from ngplugin.curvature.blocks import BlockDamping, DiagonalBlock, KroneckerBlock
+from ngplugin.curvature.blocks import (
+    BlockDamping,
+    DiagonalBlock,
+    HalfDiagonalBlock,
+    KroneckerBlock,
+    UnitBlock,
+)
 from ngplugin.curvature.taps import read_map_call
 from tests.oracle import dense_average, dense_damped, flat, randn
 
@@ -49,6 +55,30 @@ def diagonal():
     return block
 
 
+def half_diagonal(tied=True):
+    weight = nn.Parameter(randn(6, 3))
+    block = HalfDiagonalBlock(weight)
+    for i in range(3):
+        tokens, x = torch.arange(5 + i) * 2 % 5, randn(4, 3, seed=i)
+        block.add_map_score(
+            read_map_call(F.embedding, (tokens, weight), {}), randn(5 + i, 3, seed=20 + i), 1.0
+        )
+        if tied:
+            block.add_map_score(
+                read_map_call(F.linear, (x, weight), {}), randn(4, 6, seed=30 + i), 0.5
+            )
+        assert block.fold(5.0 + i, 0.8)
+    return block
+
+
+def unit():
+    block = UnitBlock(nn.Parameter(randn(2, 3)), nn.Parameter(randn(2, 3, seed=1)))
+    for i in range(4):
+        block.add_gradient_scores([randn(2, 3, seed=i), randn(2, 3, seed=9 + i)], 1.0)
+        assert block.fold(2.0, 0.8)
+    return block
+
+
 BLOCKS = {
     "linear": lambda: kronecker("linear"),
     "linear without bias": lambda: kronecker("linear", bias=False),
@@ -57,6 +87,9 @@ BLOCKS = {
     "grouped conv2d": lambda: kronecker("grouped"),
     "grouped conv2d without bias": lambda: kronecker("grouped", bias=False),
     "diagonal": diagonal,
+    "unit-wise": unit,
+    "embedding": lambda: half_diagonal(tied=False),
+    "tied embedding": half_diagonal,
 }
 every_block = pytest.mark.parametrize("name", BLOCKS)
 every_damping = pytest.mark.parametrize("damping", DAMPINGS, ids=str)
@@ -155,6 +188,11 @@ def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
     before = float(dense_average(block).trace())
     if isinstance(block, DiagonalBlock):
         block.add_gradient_score(10 * randn(3, 4), 1.0)
+    elif isinstance(block, UnitBlock):
+        block._added = 90 * block._average.value
+    elif isinstance(block, HalfDiagonalBlock):
+        added = block._average_D.value, 90 * block._average_S.value, torch.ones(()).double()
+        block._added = {True: added}
     else:
         block._added = (
             9 * block._average_A.value,
@@ -176,6 +214,12 @@ def test_a_statistic_that_is_not_finite_is_dropped(name):
     before = dense_average(block)
     if isinstance(block, DiagonalBlock):
         block.add_gradient_score(torch.full((3, 4), torch.nan).double(), 1.0)
+    elif isinstance(block, UnitBlock):
+        block.add_gradient_scores([torch.full((2, 3), torch.nan).double()] * 2, 1.0)
+    elif isinstance(block, HalfDiagonalBlock):
+        S = block._average_S.value
+        S[0, 0] = torch.inf
+        block._added = {False: (block._average_D.value, S, torch.ones(()).double())}
     else:
         A, rows, G = block._average_A.value, block._average_rows.value, block._average_G.value
         G[0, 0, 0] = torch.inf
@@ -236,6 +280,10 @@ def test_a_saved_block_gives_the_same_products_and_the_same_future(name):
     one.refresh(BlockDamping(0.2))
     if isinstance(one, DiagonalBlock):
         other = DiagonalBlock(one.parameters[0])
+    elif isinstance(one, UnitBlock):
+        other = UnitBlock(*one.parameters)
+    elif isinstance(one, HalfDiagonalBlock):
+        other = HalfDiagonalBlock(one.parameters[0])
     else:
         other = KroneckerBlock(one.parameters[0], one._bias, one.groups)
     other.load_state_dict(one.state_dict())
@@ -261,3 +309,4 @@ def test_blocks_of_bfloat16_parameters_are_kept_in_float32():
 def test_the_numbers_kept_are_counted():
     assert kronecker("grouped").numel() == 3 * 2 * (9**2 + 2**2)
     assert diagonal().numel() == 24
+    assert unit().numel() == 3 * 4 * 6

@@ -20,7 +20,8 @@ def gradients(function, x, weight, bias, **options):
     assert a.dim() == g.dim() == 4
     assert a.shape[:3] == g.shape[:3]
     assert a.shape[0] == call.groups
-    ours = (g.flatten(1, 2).mT @ a.flatten(1, 2)).reshape(weight.shape)
+    ours = g.flatten(1, 2).mT @ a.flatten(1, 2)  # [group, out, in]
+    ours = (ours.mT if call.inputs_first else ours).reshape(weight.shape)
     return exact, (ours, g.sum((1, 2)).reshape(-1)), a
 
 

@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
+from ngplugin.curvature.composites import opened
 from ngplugin.curvature.likelihoods import FisherKind as FisherKind
 from ngplugin.curvature.likelihoods import (
     Prediction,
@@ -37,23 +38,23 @@ from ngplugin.curvature.likelihoods import (
 )
 from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
 from ngplugin.curvature.tape import Mark, Tape
-from ngplugin.curvature.taps import MapCall, read_map_call
+from ngplugin.curvature.taps import LookupCall, MapCall, NormCall, read_map_call, read_norm_call
 
 
 class ScoreSink(Protocol):
     """What takes the scores in: the Fisher matrix under construction."""
 
-    def assign(self, calls: Sequence[MapCall]) -> None:
-        """Learn which parameters act through which maps."""
+    def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
+        """Learn which parameters act through which maps and normalizations."""
 
     def unmapped(self) -> list[Tensor]:
         """The parameters whose score is wanted as a plain gradient."""
 
-    def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
+    def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
 
-    def add_gradient_score(self, parameter: Tensor, score: Tensor, share: float) -> None:
-        """Take d(score)/d(parameter), counting `share` of a draw."""
+    def add_gradient_scores(self, scores: Sequence[tuple[Tensor, Tensor]], share: float) -> None:
+        """Take each parameter with its d(score)/d(parameter), counting `share` of a draw."""
 
 
 @dataclass
@@ -96,7 +97,8 @@ class Observation:
     """What one forward and backward pass showed."""
 
     tape: Tape | None
-    maps: list[tuple[MapCall, GradientEdge]] = field(default_factory=list)
+    maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
+    norms: list[NormCall] = field(default_factory=list)
     scored: list[ScoredLoss] = field(default_factory=list)
     recognised: int = 0  # loss calls seen, scored or not
     seconds: float = 0.0  # spent on the Fisher backward
@@ -179,6 +181,10 @@ class Observer(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        body = opened(func) if self._sink is not None else None
+        if body is not None:  # its parts are recorded, and not the whole
+            with _Again(self):
+                return body(*args, **kwargs)
         looked_for = torch.is_grad_enabled() and not self._in_log_prob
         loss = read_loss_call(func, args, kwargs) if looked_for else None
         tape = self.observation.tape
@@ -191,6 +197,9 @@ class Observer(TorchFunctionMode):
             if call and call.weight.requires_grad and id(call.weight) in self._parameters:
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append((call, get_gradient_edge(result)))
+            norm = read_norm_call(func, args, kwargs)
+            if norm and any(id(p) in self._parameters for p in (norm.weight, norm.bias)):
+                self.observation.norms.append(norm)
         return result
 
     def _log_prob(
@@ -242,7 +251,7 @@ class Observer(TorchFunctionMode):
         Terms are independent, so the gradient of Σ_i √w_i s_i has the covariance F.
         """
         assert self._sink is not None
-        self._sink.assign([call for call, _ in observation.maps])
+        self._sink.assign([call for call, _ in observation.maps], observation.norms)
         unmapped = [p for p in self._sink.unmapped() if p.requires_grad]
         inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
         if not inputs:
@@ -265,9 +274,23 @@ class Observer(TorchFunctionMode):
             for (call, _), score in zip(observation.maps, scores, strict=False):
                 if score is not None:
                     self._sink.add_map_score(call, score, 1 / self._draws)
-            for p, score in zip(unmapped, scores[len(observation.maps) :], strict=True):
-                if score is not None:
-                    self._sink.add_gradient_score(p, score, 1 / self._draws)
+            gradients = zip(unmapped, scores[len(observation.maps) :], strict=True)
+            self._sink.add_gradient_scores(
+                [(p, score) for p, score in gradients if score is not None], 1 / self._draws
+            )
+
+
+class _Again(AbstractContextManager[None]):
+    """Puts a mode that is handling a call back on, for the calls inside it."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> None:
+        TorchFunctionMode.__enter__(self._observer)
+
+    def __exit__(self, *exc: Any) -> None:
+        TorchFunctionMode.__exit__(self._observer, *exc)
 
 
 class _Paused(AbstractContextManager[None]):

@@ -4,6 +4,16 @@ from ngplugin.curvature.blocks.block import Block as Block
 from ngplugin.curvature.blocks.block import BlockDamping as BlockDamping
 from ngplugin.curvature.blocks.block import DampingMode as DampingMode
 from ngplugin.curvature.blocks.diagonal import DiagonalBlock as DiagonalBlock
+from ngplugin.curvature.blocks.half_diagonal import HalfDiagonalBlock as HalfDiagonalBlock
 from ngplugin.curvature.blocks.kronecker import KroneckerBlock as KroneckerBlock
+from ngplugin.curvature.blocks.unit import UnitBlock as UnitBlock
 
-__all__ = ["Block", "BlockDamping", "DampingMode", "DiagonalBlock", "KroneckerBlock"]
+__all__ = [
+    "Block",
+    "BlockDamping",
+    "DampingMode",
+    "DiagonalBlock",
+    "HalfDiagonalBlock",
+    "KroneckerBlock",
+    "UnitBlock",
+]

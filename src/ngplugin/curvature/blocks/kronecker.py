@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,35 +10,8 @@ from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
-from ngplugin.curvature.taps import MapCall
-
-
-@dataclass(frozen=True)
-class DampedFactor:
-    """One Kronecker factor as of a refresh.
-
-    Attributes:
-        matrix: undamped, `[group, d, d]`.
-        damping: what is added to its diagonal, `[group, 1, 1]`.
-        inverse: of the damped matrix.
-    """
-
-    matrix: Tensor
-    damping: Tensor
-    inverse: Tensor
-
-    @staticmethod
-    def of(matrix: Tensor, damping: Tensor) -> DampedFactor | None:
-        """Invert by Cholesky, in float64 if the first try fails; None if that fails too."""
-        damped = matrix.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        if failed.any():  # once more, on the CPU because not every device knows float64
-            factor, failed = torch.linalg.cholesky_ex(damped.cpu().double())
-            if failed.any():  # the inverse of a factor with a zero on its diagonal would raise
-                return None
-        inverse = torch.cholesky_inverse(factor).to(matrix)
-        return DampedFactor(matrix, damping, inverse) if finite(inverse) else None
+from ngplugin.curvature.blocks.factor import DampedFactor, mean_eigenvalue
+from ngplugin.curvature.taps import LookupCall, MapCall
 
 
 class KroneckerBlock(Block):
@@ -63,12 +35,16 @@ class KroneckerBlock(Block):
 
     kind = "kronecker"
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, groups: int) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, groups: int, inputs_first: bool = False
+    ) -> None:
         self.parameters = (weight,) if bias is None else (weight, bias)
         self._bias = bias
         self.groups = groups
-        self._out = weight.shape[0] // groups
-        self._in = weight.numel() // weight.shape[0] + (bias is not None)
+        self.inputs_first = inputs_first
+        sizes = weight.shape[0] // groups, weight.numel() // weight.shape[0]
+        self._out, self._in = sizes[::-1] if inputs_first else sizes
+        self._in += bias is not None
         self._dtype = curvature_dtype(weight)
         self._added: tuple[Tensor, Tensor, Tensor] | None = None  # Σ aaᵀ, number of rows, Σ ggᵀ
         self._average_A, self._average_G = RunningAverage(), RunningAverage()
@@ -76,7 +52,18 @@ class KroneckerBlock(Block):
         self._refreshed: tuple[DampedFactor, DampedFactor] | None = None  # A and G
         self._growth: float | Tensor = 1.0  # [group, 1, 1], tr A tr G now over the last refresh's
 
-    def add_map_score(self, call: MapCall, score: Tensor, share: float) -> None:
+    def takes(self, call: MapCall | LookupCall) -> bool:
+        """Whether the rows of this call are rows of this block.
+
+        Groups may be divided further if the outputs come first in memory: then all parts have the
+        same inputs.
+        """
+        if isinstance(call, LookupCall) or call.inputs_first != self.inputs_first:
+            return False
+        divided = not call.inputs_first and self.groups % call.groups == 0
+        return divided or call.groups == self.groups
+
+    def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Add the rows of one call of the map.
 
         Args:
@@ -84,8 +71,13 @@ class KroneckerBlock(Block):
             score: d(Σ √w s)/d(output), of the output's shape.
             share: of the draw among all draws of the step.
         """
+        assert isinstance(call, MapCall), "a call of another layout"
         a = call.input_rows().to(self._dtype).flatten(1, 2)  # [group, rows, in]
         g = call.score_rows(score).to(self._dtype).flatten(1, 2)  # [group, rows, out]
+        parts = self.groups // call.groups
+        if parts > 1:
+            a = a.repeat_interleave(parts, 0)
+            g = g.unflatten(-1, (parts, -1)).movedim(2, 1).flatten(0, 1)
         counted = (g != 0).any(-1, keepdim=True).to(self._dtype)  # [group, rows, 1]
         a = a * counted  # counted² = counted, so aᵀa is the sum over the counted rows
         AA = a.mT @ a
@@ -97,10 +89,11 @@ class KroneckerBlock(Block):
         rows = counted.sum(1, keepdim=True)  # [group, 1, 1]
         GG = g.mT @ g
         if self._added is None:
-            self._added = AA * share, rows * share, GG * share
-        else:
-            for total, new in zip(self._added, (AA, rows, GG), strict=True):
-                total.add_(new, alpha=share)
+            A, one, G = (t.new_zeros(self.groups, *t.shape[1:]) for t in (AA, rows, GG))
+            self._added = A, one, G
+        start = call.first * parts
+        for total, new in zip(self._added, (AA, rows, GG), strict=True):
+            total[start : start + len(new)].add_(new, alpha=share)
 
     def discard(self) -> None:
         """Forget what was added and not folded."""
@@ -120,8 +113,8 @@ class KroneckerBlock(Block):
         self._average_rows.update(rows, decay)
         if self._refreshed is not None:
             old_A, old_G = (factor.matrix for factor in self._refreshed)
-            now = _mean_eigenvalue(self._average_A.value) * _mean_eigenvalue(self._average_G.value)
-            then = _mean_eigenvalue(old_A) * _mean_eigenvalue(old_G)
+            now = mean_eigenvalue(self._average_A.value) * mean_eigenvalue(self._average_G.value)
+            then = mean_eigenvalue(old_A) * mean_eigenvalue(old_G)
             self._growth = torch.where(then > 0, now / then, 1.0)
         return True
 
@@ -144,7 +137,7 @@ class KroneckerBlock(Block):
     def mean_eigenvalue(self) -> Tensor:
         """The product of the factors' mean eigenvalues, averaged over the groups."""
         A, G = self._average_A.value, self._average_G.value
-        return (_mean_eigenvalue(A) * _mean_eigenvalue(G)).mean()
+        return (mean_eigenvalue(A) * mean_eigenvalue(G)).mean()
 
     def refresh(self, damping: BlockDamping) -> bool:
         """Damp each factor and invert it.
@@ -161,7 +154,7 @@ class KroneckerBlock(Block):
         exceeds A ⊗ G + λI by cross terms only (Martens & Grosse 2015, §6.3).
         """
         A, G = self._average_A.value, self._average_G.value
-        mean_A, mean_G = _mean_eigenvalue(A), _mean_eigenvalue(G)  # [group, 1, 1]
+        mean_A, mean_G = mean_eigenvalue(A), mean_eigenvalue(G)  # [group, 1, 1]
         tiny = torch.finfo(self._dtype).tiny
         if damping.mode == "relative":
             mean_G = torch.maximum(mean_G, damping.floor / mean_A.clamp_min(tiny))
@@ -171,6 +164,12 @@ class KroneckerBlock(Block):
         else:
             pi = (mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny)).sqrt()
             A_damping, G_damping = damping.value**0.5 * pi, damping.value**0.5 / pi
+        unseen = self._average_rows.value == 0
+        if unseen.any() and not unseen.all():
+            # A group that no known map has used yet is scaled as the others are on average.
+            seen = ~unseen
+            A_damping = torch.where(unseen, mean_A[seen].mean(), A_damping)
+            G_damping = torch.where(unseen, mean_G[seen].mean(), G_damping)
         damped_A, damped_G = DampedFactor.of(A, A_damping), DampedFactor.of(G, G_damping)
         if damped_A is None or damped_G is None:
             return False
@@ -228,6 +227,7 @@ class KroneckerBlock(Block):
         return {
             "kind": self.kind,
             "groups": self.groups,
+            "inputs_first": self.inputs_first,
             "average_A": self._average_A.state_dict(),
             "average_G": self._average_G.state_dict(),
             "average_rows": self._average_rows.state_dict(),
@@ -254,21 +254,20 @@ class KroneckerBlock(Block):
 
     def _as_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Weight (and bias) to `[group, out, in]`, the bias as the last input."""
-        columns = [tensors[0].reshape(self.groups, self._out, -1)]
+        if self.inputs_first:
+            columns = [tensors[0].reshape(self.groups, -1, self._out).mT]
+        else:
+            columns = [tensors[0].reshape(self.groups, self._out, -1)]
         if self._bias is not None:
             columns.append(tensors[1].reshape(self.groups, self._out, 1))
         return torch.cat(columns, 2).to(self._dtype)
 
     def _as_parameters(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-        if self._bias is None:
-            return [matrix.reshape(like[0].shape).to(like[0].dtype)]
-        weight, bias = matrix[:, :, :-1], matrix[:, :, -1]
+        weight = matrix if self._bias is None else matrix[:, :, :-1]
+        if self.inputs_first:
+            weight = weight.mT
+        parts = [weight] if self._bias is None else [weight, matrix[:, :, -1]]
         return [
-            weight.reshape(like[0].shape).to(like[0].dtype),
-            bias.reshape(like[1].shape).to(like[1].dtype),
+            part.reshape(t.shape).to(t.dtype).contiguous()
+            for part, t in zip(parts, like, strict=True)
         ]
-
-
-def _mean_eigenvalue(M: Tensor) -> Tensor:
-    """tr M / d of each matrix, `[group, 1, 1]`."""
-    return M.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]

@@ -1,0 +1,53 @@
+"""What an observed call of a linear map is: its rows of inputs and of output scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MapCall:
+    """One observed application of a weight: output = weight · input + bias, a row at a time.
+
+    Attributes:
+        kind: what the coverage table calls it.
+        weight: the parameter; as a matrix it is `[group, out, in]` in memory order.
+        bias: the parameter added to the output, if any.
+        groups: number of independent maps that the whole weight is.
+        input_rows: computes `[group, example, shared, in]`, of the groups that the call applies.
+        score_rows: turns a gradient of the output's shape into `[group, example, shared, out]`.
+        inputs_first: the weight is `[group, in, out]` in memory order instead.
+        bias_joins: the bias is added once to each row, as an input of value 1 would be.
+        first: the first of the groups that the call applies.
+    """
+
+    kind: str
+    weight: Tensor
+    bias: Tensor | None
+    groups: int
+    input_rows: Callable[[], Tensor]
+    score_rows: Callable[[Tensor], Tensor]
+    inputs_first: bool = False
+    bias_joins: bool = True
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class LookupCall:
+    """One observed look-up: the linear map of one-hot inputs, whose rows are never written out.
+
+    Attributes:
+        kind: what the coverage table calls it.
+        weight: the parameter, `[vocabulary, dim]`.
+        indices: which row of the weight each input row looks up, `[rows]`.
+        score_rows: turns a gradient of the output's shape into `[rows, dim]`; zero where the
+            weight gets no gradient (padding).
+    """
+
+    kind: str
+    weight: Tensor
+    indices: Tensor
+    score_rows: Callable[[Tensor], Tensor]
