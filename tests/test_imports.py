@@ -24,7 +24,7 @@ FLOORS = [
     {"curvature.blocks", "curvature.observe"},
     {"curvature.fisher", "curvature.objective"},
     {"curvature"},
-    {"damping", "trust_region", "momentum", "report", "kl_measurement"},
+    {"damping", "trust_region", "momentum", "report", "kl_measurement", "step_group"},
     {"options"},
     {"natural_step"},
     {"optimizer"},

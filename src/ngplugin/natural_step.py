@@ -24,29 +24,11 @@ from ngplugin.kl_measurement import KlMeasurement
 from ngplugin.momentum import GradientMomentum
 from ngplugin.options import Options
 from ngplugin.report import StepReport
+from ngplugin.step_group import StepGroup
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 
 _FIRST_STEPS = 10  # whose statistics are all taken and whose KL is all measured
 _MOST_SHRINKS = 4
-
-
-@dataclass(frozen=True)
-class StepGroup:
-    """Parameters that share their settings in one step.
-
-    Attributes:
-        parameters: those without a gradient stay where they are.
-        lr: the step's upper limit, in units of the natural gradient.
-        decay: the share of θ that a full step takes away.
-        momentum: μ.
-        schedule: the learning rate over its peak.
-    """
-
-    parameters: Sequence[Tensor]
-    lr: float
-    decay: float
-    momentum: float
-    schedule: float
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from ngplugin.curvature.blocks import DampingMode
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
-from ngplugin.natural_step import NaturalGradientStep, StepGroup
+from ngplugin.natural_step import NaturalGradientStep
 from ngplugin.options import Options, Structure, check_choice, check_number
 from ngplugin.report import Coverage, CoverageRow, StepReport
+from ngplugin.step_group import StepGroup
 
 _STATE_KEY = "natgrad"  # of our part of a state dict; other optimizers ignore it
 
@@ -69,9 +70,9 @@ class NaturalGradientOptimizer(Optimizer):
             output's Fisher information, same mean and covariance with far less noise where the
             prediction is nearly certain.
         draws: scores for each loss and observed step.
-        structure: `"auto"`: Kronecker blocks where there is a linear map, else diagonal.
-            `"diagonal"`: diagonal everywhere. `"identity"`: d = m, gradient descent with momentum,
-            whose steps `kl_radius` bounds like any others.
+        structure: `"auto"`: Kronecker blocks where there is a linear map, unit-wise ones for
+            normalizations, else diagonal. `"diagonal"`: diagonal everywhere. `"identity"`: d = m,
+            gradient descent with momentum, whose steps `kl_radius` bounds like any others.
         decay: β of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; the first ten steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
