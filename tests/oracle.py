@@ -197,9 +197,9 @@ def dense_damped(
 ) -> Tensor:
     """The damped matrix from the average, by the formulas of the documentation."""
     if isinstance(block, DiagonalBlock):
-        F = dense_average(block)
-        unit = F.diagonal().mean() if mode == "relative" else 1.0
-        return F + value * unit * torch.eye(len(F), dtype=F.dtype)
+        F, n = dense_average(block), block._average.effective_count
+        more = (value + sampling / n) * F.diagonal().mean() if mode == "relative" else value
+        return F + more * torch.eye(len(F), dtype=F.dtype)
     if isinstance(block, UnitBlock):
         F, n = dense_average(block), block._average.effective_count
         own = block._average.value.diagonal(dim1=1, dim2=2).mean(1).repeat(2)

@@ -87,7 +87,7 @@ def test_calibration_rises_at_once_falls_half_way_and_never_counts_below_one():
 
 @pytest.mark.parametrize(
     ("predicted", "measured"),
-    [(0.0, 1.0), (1.0, 0.0), (1.0, -1.0), (1.0, math.inf), (1.0, math.nan), (1e-320, 1e300)],
+    [(0.0, 1.0), (1.0, 0.0), (1.0, -1.0), (1e-320, 1e300)],
 )
 def test_a_useless_measurement_teaches_nothing(predicted, measured):
     bound = TrustRegion(0.03)
@@ -95,6 +95,15 @@ def test_a_useless_measurement_teaches_nothing(predicted, measured):
     before = bound.state_dict()
     bound.calibrate(1, predicted, measured)
     assert bound.state_dict() == before
+
+
+@pytest.mark.parametrize("measured", [math.inf, math.nan])
+def test_a_kl_that_is_no_number_makes_the_next_step_shorter_and_measured(measured):
+    bound = TrustRegion(0.03)
+    bound.calibrate(20, 1.0, 5.0)
+    bound.calibrate(21, 1.0, measured)
+    assert bound.ratio == pytest.approx(500)
+    assert bound.measurement_due(22)
 
 
 def measured_steps(bound, ratios):
@@ -274,3 +283,30 @@ def test_a_step_whose_kl_stays_too_large_is_taken_back_bit_by_bit(monkeypatch):
         assert optimizer.report.rejected == int(hostile)
     assert optimizer.report.step_scale == 0
     assert optimizer.report.shrinks == 4
+
+
+def test_a_rejected_step_is_learnt_from_so_that_a_later_one_is_taken(monkeypatch):
+    """A prediction that saturates at once: shrinking by the quadratic model is never enough."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3).double()
+    x, y = torch.randn(16, 4).double(), torch.arange(16) % 3
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    measure = type(optimizer._engine._measurement).measure
+
+    def steep(self, observations):
+        kl, reduction = measure(self, observations)
+        if abs(kl) < 1e-25:  # the parameters have not moved
+            return 0.0, reduction
+        return 3 * abs(kl) ** 0.1, reduction  # at once large, and hardly smaller for a shorter step
+
+    monkeypatch.setattr(type(optimizer._engine._measurement), "measure", steep)
+    rejected = []
+    for _ in range(12):
+        with optimizer.observe():
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rejected.append(optimizer.report.rejected)
+    assert rejected[0] == 1
+    assert 0 in rejected

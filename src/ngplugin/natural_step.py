@@ -327,7 +327,10 @@ class NaturalGradientStep:
                 return _Applied(scale, kl, reduction, shrinks)
             for m, old in zip(moves, before, strict=True):
                 m.parameter.copy_(old)
-            scale *= factor
+            # Far out the KL saturates, and says too little of how much too long the step is.
+            tried, scale = scale, scale * factor * 0.5**shrinks
+        # Learnt from all the same, else the next step would be the same and fail again.
+        self._bound.calibrate(self.steps, tried**2 * q, kl)
         return _Applied(0.0, shrinks=_MOST_SHRINKS, rejected=True)
 
     # -- saving --------------------------------------------------------------------------------

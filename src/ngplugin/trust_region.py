@@ -169,8 +169,13 @@ class TrustRegion(StepBound):
     def calibrate(self, step: int, predicted: float, measured: float) -> None:
         """Move log c half-way to log(measured/predicted), all the way if that is larger.
 
-        Trusting too long a step costs more than taking one that is too short.
+        Trusting too long a step costs more than taking one that is too short. A KL that is no
+        number makes c a hundred times larger.
         """
+        if not math.isfinite(measured):
+            self._log_ratio = math.log(100 * self.ratio)
+            self._interval, self._next = 1, step + 1
+            return
         if not (predicted > 0 and measured > 0 and math.isfinite(measured / predicted)):
             return
         observed = math.log(measured / predicted)

@@ -76,12 +76,19 @@ class DiagonalBlock(Block):
         return self._average.value.mean()
 
     def refresh(self, damping: BlockDamping) -> bool:
-        """Take over the average, with λ·max(mean(diag F), floor) or λ as damping."""
+        """Take over the average, and damp it.
+
+        `"relative"`: (λ + γ/n) max(mean(diag F), floor), with n the number of statistics in the
+        average: the square of a single draw is near zero by chance for many an element, which must
+        not be taken for a flat direction. `"absolute"`: λ.
+        """
         self._fisher = self._average.value
-        unit = self._fisher.new_ones(())
         if damping.mode == "relative":
+            n = max(1.0, self._average.effective_count)
             unit = self._fisher.mean().clamp_min(damping.floor)
-        self._damping = damping.value * unit
+            self._damping = (damping.value + damping.sampling / n) * unit
+        else:
+            self._damping = damping.value * self._fisher.new_ones(())
         self._growth = 1.0
         return True
 
