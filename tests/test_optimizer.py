@@ -690,3 +690,37 @@ def test_an_empty_parameter_list_is_refused():
 def test_a_helper_of_these_tests_takes_vectors_apart_again():
     like = [randn(2, 3), randn(4)]
     assert all(torch.equal(a, b) for a, b in zip(unflat(flat(like), like), like, strict=True))
+
+
+def variational_autoencoder():
+    encoder, decoder = nn.Linear(20, 16), nn.Linear(8, 20)
+    x = (torch.rand(64, 20) > 0.5).float()
+
+    def objective():
+        mean, log_variance = encoder(x).chunk(2, -1)
+        z = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        prior = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum()
+        return (F.binary_cross_entropy_with_logits(decoder(z), x, reduction="sum") + prior) / 64
+
+    return [*encoder.parameters(), *decoder.parameters()], objective
+
+
+@pytest.mark.parametrize(("kl_radius", "warned"), [(0.03, True), (0.001, False)])
+def test_an_objective_that_is_mostly_no_recognised_loss_is_warned_of(kl_radius, warned):
+    torch.manual_seed(0)
+    parameters, objective = variational_autoencoder()
+    optimizer = NaturalGradientOptimizer(parameters, kl_radius=kl_radius)
+    losses = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(60):
+            with optimizer.observe():
+                loss = objective()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    said = [str(w.message) for w in caught if "no recognised loss" in str(w.message)]
+    assert len(said) == warned
+    if not warned:  # what the message says to try
+        assert sum(losses[-10:]) < sum(losses[:10])

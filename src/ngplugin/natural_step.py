@@ -22,6 +22,7 @@ from ngplugin.damping import as_schedule, damping_at
 from ngplugin.errors import StepOrderError
 from ngplugin.kl_measurement import KlMeasurement
 from ngplugin.momentum import GradientMomentum
+from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
 from ngplugin.step_group import StepGroup
@@ -91,6 +92,7 @@ class NaturalGradientStep:
         if options.kl_radius is not None:
             self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
         self._measurement = KlMeasurement()
+        self._check = ObjectiveCheck()
         self._momentum = GradientMomentum(options.nesterov)
         self._generator: torch.Generator | None = None
         self._weight = ObjectiveWeight(1.0, 1.0, 1.0, 0.0)  # of the last observed step
@@ -213,6 +215,7 @@ class NaturalGradientStep:
         )
         self.steps += 1
         self._last_time = now
+        self._check.see(self.report.reduction_ratio)
 
     def _update_curvature(
         self, groups: Sequence[StepGroup], observations: Sequence[Observation], damping: float
