@@ -687,7 +687,7 @@ def test_an_empty_parameter_list_is_refused():
         NaturalGradientOptimizer([])
 
 
-def test_a_helper_of_these_tests_takes_vectors_apart_again():
+def test_vectors_taken_apart_are_put_together_again():
     like = [randn(2, 3), randn(4)]
     assert all(torch.equal(a, b) for a, b in zip(unflat(flat(like), like), like, strict=True))
 
