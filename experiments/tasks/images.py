@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import lightning as L
@@ -34,7 +35,7 @@ class Examples(Dataset[Batch]):
         return self.images[indices], self.labels[indices]
 
 
-class ImageData(L.LightningDataModule):
+class ImageData(L.LightningDataModule, ABC):
     """Classification of images: subclasses say where they come from.
 
     Attributes:
@@ -76,9 +77,9 @@ class ImageData(L.LightningDataModule):
         self.seed = seed
         self.splits: dict[str, Examples] = {}
 
+    @abstractmethod
     def load(self) -> tuple[Tensor, Tensor]:
         """All images, uint8 or float [n, height, width], and their labels [n]."""
-        raise NotImplementedError
 
     def load_test(self) -> tuple[Tensor, Tensor] | None:
         """The test set that comes with the data; None to split one off."""
