@@ -724,3 +724,15 @@ def test_an_objective_that_is_mostly_no_recognised_loss_is_warned_of(kl_radius, 
     assert len(said) == warned
     if not warned:  # what the message says to try
         assert sum(losses[-10:]) < sum(losses[:10])
+
+
+def test_a_step_without_gradients_in_a_watched_region_does_not_end_the_watching():
+    model = network()
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    with optimizer.observe():
+        optimizer.step()  # nothing to do yet
+        loss = F.cross_entropy(model(X), Y)
+    loss.backward()
+    optimizer.step()
+    assert optimizer.report.step == 0
+    assert optimizer.report.kl is not None

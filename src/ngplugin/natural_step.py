@@ -161,13 +161,13 @@ class NaturalGradientStep:
         """
         started = time.perf_counter()
         observations, self._observations = self._observations, []
-        if all(p.grad is None for group in groups for p in group.parameters):
-            self.fisher.discard()
-            return
         watching: AbstractContextManager[Any] = contextlib.nullcontext()
         if self._observer:  # a step in the middle of a watched region: what follows is new
             watching = self._observer.paused()
             self._observations.append(self._observer.restart())
+        if all(p.grad is None for group in groups for p in group.parameters):
+            self.fisher.discard()
+            return
         with watching:
             damping = damping_at(self._damping, self.steps)
             dropped, failed = self._update_curvature(groups, observations, damping)
