@@ -19,7 +19,8 @@ from ngplugin.curvature.blocks import (
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngplugin.curvature.objective import ObjectiveWeight
-from ngplugin.curvature.observe import Observation, Observer
+from ngplugin.curvature.observation import Observation
+from ngplugin.curvature.observe import Observer
 
 torch.set_num_threads(1)
 # The same examples in every run, and no time limit on a busy machine.

@@ -14,6 +14,7 @@ ROOT = Path(ngplugin.__file__).parent
 # From the ground up. What shares a floor may not import each other, unless it is one package.
 FLOORS = [
     {"errors"},
+    {"curvature.recorded_call"},
     {
         "curvature.likelihoods",
         "curvature.taps",
@@ -21,7 +22,8 @@ FLOORS = [
         "curvature.average",
         "curvature.composites",
     },
-    {"curvature.blocks", "curvature.observe"},
+    {"curvature.blocks", "curvature.observation"},
+    {"curvature.observe"},
     {"curvature.fisher", "curvature.objective"},
     {"curvature"},
     {

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ngplugin.curvature.observe import declare
 from ngplugin.damping import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping
 from ngplugin.errors import (
+    LikelihoodError,
     NgpluginError,
     OptionError,
     StepOrderError,
@@ -21,6 +23,7 @@ __all__ = [
     "CosineDamping",
     "Coverage",
     "ExponentialDamping",
+    "LikelihoodError",
     "LinearDamping",
     "NaturalGradient",
     "NaturalGradientOptimizer",
@@ -29,6 +32,7 @@ __all__ = [
     "StepOrderError",
     "StepReport",
     "UnsupportedTrainerError",
+    "declare",
 ]
 
 # An editable installation has no `conf` in the package; then the checkout's own is `ngplugin.conf`.

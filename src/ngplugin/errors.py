@@ -9,6 +9,10 @@ class OptionError(NgpluginError, ValueError):
     """An option has a value that cannot work; raised where the option was given."""
 
 
+class LikelihoodError(NgpluginError, ValueError):
+    """A declared distribution is none of the model's predictions."""
+
+
 class StepOrderError(NgpluginError, RuntimeError):
     """A step was asked for before the training step it belongs to was observed."""
 

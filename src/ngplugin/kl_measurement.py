@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ngplugin.curvature.observe import Observation
+from ngplugin.curvature.observation import Observation
 
 
 class KlMeasurement:
@@ -43,7 +43,7 @@ class KlMeasurement:
             negligible: Σ w KL up to which a replay counts as giving the same prediction.
         """
         if self.obstacle is None:
-            obstacles = (o.tape.obstacle for o in observations if o.tape is not None)
+            obstacles = (o.tape.obstacle for o in observations)
             self.obstacle = next((text for text in obstacles if text), None)
             if self.obstacle is None and not self._tried:
                 self._tried = True

@@ -17,7 +17,8 @@ from torch import Tensor
 from ngplugin.curvature.blocks import BlockDamping
 from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
-from ngplugin.curvature.observe import Observation, Observer, why_no_fisher
+from ngplugin.curvature.observation import Observation, why_no_fisher
+from ngplugin.curvature.observe import Observer
 from ngplugin.damping import as_schedule, damping_at
 from ngplugin.errors import StepOrderError
 from ngplugin.kl_measurement import KlMeasurement
@@ -80,6 +81,7 @@ class NaturalGradientStep:
         fisher: the running average of F.
         steps: how many were made.
         report: of the last one.
+        losses: names of those that were scored so far.
     """
 
     def __init__(self, options: Options) -> None:
@@ -87,6 +89,7 @@ class NaturalGradientStep:
         self.fisher = Fisher(diagonal=options.structure == "diagonal")
         self.steps = 0
         self.report: StepReport | None = None
+        self.losses: list[str] = []
         self._damping = as_schedule(options.damping)
         self._bound: StepBound = NoTrustRegion()
         if options.kl_radius is not None:
@@ -136,6 +139,8 @@ class NaturalGradientStep:
 
     def forget(self) -> None:
         """Drop what was observed of a step that will not be made."""
+        for observation in self._observations:
+            observation.release()
         self._observations.clear()
         self.fisher.discard()
 
@@ -183,7 +188,7 @@ class NaturalGradientStep:
                 else:
                     model = _Model()
         for observation in observations:
-            observation.maps.clear()  # lets the graph go
+            observation.release()
         now = time.perf_counter()
         seconds = max(now - self._last_time, 1e-9)
         spent = now - started + sum(observation.seconds for observation in observations)
@@ -225,6 +230,8 @@ class NaturalGradientStep:
         if options.structure == "identity" and options.kl_radius is None:
             return 0, 0
         scored = [loss for observation in observations for loss in observation.scored]
+        names = (loss.call.name for loss in scored)
+        self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
         weight = ObjectiveWeight.of(scored, options.noise_variance)
         dropped = int(bool(scored) and weight is None)
         if weight is not None:
@@ -314,7 +321,7 @@ class NaturalGradientStep:
     ) -> _Applied:
         """Move the parameters, as far as the bound allows."""
         scale, nats = self._bound.scale(q, schedule), self._weight.nats
-        taped = [o for o in observations if o.tape is not None and o.scored]
+        taped = [o for o in observations if o.recorded and o.scored]
         negligible = 1e-3 * self._bound.radius(1.0) * nats
         if not (taped and self._measurement.possible(taped, negligible)):
             _move(moves, scale)

@@ -257,7 +257,7 @@ class NaturalGradientOptimizer(Optimizer):
                     counted.add(id(block))
                 label = (names or {}).get(id(p)) or name or f"parameter {len(rows)}"
                 rows.append(CoverageRow(label, tuple(p.shape), kind, reason, kept))
-        return Coverage(rows)
+        return Coverage(rows, tuple(self._engine.losses))
 
     # -- saving --------------------------------------------------------------------------------
 

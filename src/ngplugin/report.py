@@ -68,9 +68,15 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """Every parameter of an optimizer and its block."""
+    """Every parameter of an optimizer and its block.
+
+    Attributes:
+        rows: one a parameter.
+        losses: what the Fisher information was read from, in words.
+    """
 
     rows: Sequence[CoverageRow]
+    losses: tuple[str, ...] = ()
     columns: tuple[str, ...] = ("parameter", "shape", "block", "why", "numbers kept")
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -91,6 +97,10 @@ class Coverage:
             f"{kind}: {numbers:,} numbers in {tensors} tensors"
             for kind, (tensors, numbers) in count.items()
         )
+
+    def sources(self) -> str:
+        """One line: which losses the Fisher information comes from."""
+        return "Fisher information of: " + ("; ".join(self.losses) or "no loss yet")
 
     def __str__(self) -> str:
         """A plain text table."""

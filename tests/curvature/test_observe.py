@@ -7,7 +7,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ngplugin.curvature.fisher import Fisher
-from ngplugin.curvature.observe import Observer, why_no_fisher
+from ngplugin.curvature.observation import why_no_fisher
+from ngplugin.curvature.observe import Observer
 from tests.oracle import dense_average, double, flat, generator, observe, randn
 
 X, Y = randn(6, 4, seed=1), torch.arange(6) % 3

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from ngplugin.curvature.observe import ScoredLoss
+from ngplugin.curvature.observation import ScoredLoss
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,22 @@ receives d(objective)/d(loss), which is how much that loss counts whatever was d
 that is no part of the objective never gets one. There a random score is drawn from the model's own
 prediction and carried back to the outputs of the maps. That backward pass computes no weight
 gradients and leaves `.grad` and distributed reducers alone.
+
+What an objective says beside the recognised losses is known as a function of the outputs of the
+model's last layers: the tape has the calls between. The first value to get a gradient is the
+objective itself; a hook there measures the curvature of this function, before the recognised
+losses get their gradients.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,15 +36,24 @@ from torch.overrides import TorchFunctionMode
 from ngplugin.curvature.composites import opened
 from ngplugin.curvature.likelihoods import FisherKind as FisherKind
 from ngplugin.curvature.likelihoods import (
-    Prediction,
+    OutputCurvature,
+    OwnLoss,
     ScoredCall,
     read_log_prob,
     read_loss_call,
     watching_log_prob,
 )
-from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
-from ngplugin.curvature.tape import Mark, Tape
-from ngplugin.curvature.taps import LookupCall, MapCall, NormCall, read_map_call, read_norm_call
+from ngplugin.curvature.observation import Observation, ScoredLoss
+from ngplugin.curvature.tape import Mark, Tail, Tape
+from ngplugin.errors import LikelihoodError
+from ngplugin.curvature.taps import (
+    LAYERS,
+    LookupCall,
+    MapCall,
+    NormCall,
+    read_map_call,
+    read_norm_call,
+)
 
 
 class ScoreSink(Protocol):
@@ -57,61 +72,32 @@ class ScoreSink(Protocol):
         """Take each parameter with its d(score)/d(parameter), counting `share` of a draw."""
 
 
-@dataclass
-class ScoredLoss:
-    """A loss that turned out to be part of the objective.
+_ACTIVE: list[Observer] = []
 
-    Attributes:
-        call: how to read its predictions (detached: no graph is kept).
-        likelihood: p_θ, as predicted.
-        weights: w of each term, `[terms]`.
-        mark: where the tape has the predictions.
+
+def declare(
+    distribution: Distribution, observed: Tensor, weight: Tensor | float | None = None
+) -> None:
+    """Say inside a training step what the model predicts, where the loss does not reveal it.
+
+        ngplugin.declare(torch.distributions.Normal(mean, 0.1), target)
+
+    The Fisher information of the step is that of the declared distributions alone, whatever the
+    losses are. Several may be declared. Without an optimizer that observes the step, nothing
+    happens.
+
+    Args:
+        distribution: made of what the model computed; each element of its `log_prob(observed)` is
+            a term.
+        observed: what it is a prediction of.
+        weight: how much each term counts in the objective, broadcast to the terms; one over their
+            number by default, as in a mean.
+
+    Raises:
+        LikelihoodError: nothing in the distribution depends on a parameter, or it has no `sample`.
     """
-
-    call: ScoredCall
-    likelihood: Prediction
-    weights: Tensor
-    mark: Mark | None
-
-    def kl(self, predictions: tuple[Tensor, ...]) -> Tensor:
-        """Σ_i w_i KL(p_θ ‖ p_new) at unit dispersion, nats; a scalar."""
-        return (self.weights * self.likelihood.kl(self.call.likelihood(predictions))).sum()
-
-    def reduction(self, predictions: tuple[Tensor, ...]) -> Tensor:
-        """Σ_i w_i (-log p_θ + log p_new)(target): how far this loss fell; a scalar."""
-        new = self.call.likelihood(predictions)
-        target = self.call.target
-        return (self.weights * (self.likelihood.nll(target) - new.nll(target))).sum()
-
-    def nll(self) -> Tensor:
-        """Σ_i w_i KL(data ‖ p_θ) at unit dispersion, nats; a scalar."""
-        return (self.weights * self.likelihood.divergence(self.call.target)).sum()
-
-    def dispersion(self, noise_variance: float | Literal["auto"]) -> Tensor:
-        """The likelihood's dispersion, as given or estimated from these targets; a scalar."""
-        return self.likelihood.dispersion(self.call.target, self.weights, noise_variance)
-
-
-@dataclass
-class Observation:
-    """What one forward and backward pass showed."""
-
-    tape: Tape | None
-    maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
-    norms: list[NormCall] = field(default_factory=list)
-    scored: list[ScoredLoss] = field(default_factory=list)
-    recognised: int = 0  # loss calls seen, scored or not
-    seconds: float = 0.0  # spent on the Fisher backward
-
-    def replay(self) -> list[tuple[ScoredLoss, tuple[Tensor, ...]]]:
-        """Each scored loss with the predictions that the parameters' present values give."""
-        assert self.tape is not None
-        losses = sorted(
-            (loss for loss in self.scored if loss.mark is not None),
-            key=lambda loss: loss.mark.position,  # type: ignore[union-attr]
-        )
-        marks = [loss.mark for loss in losses if loss.mark is not None]
-        return list(zip(losses, self.tape.replay(marks), strict=True))
+    for observer in _ACTIVE:
+        observer.declare(distribution, observed, weight)
 
 
 class Observer(TorchFunctionMode):
@@ -143,8 +129,10 @@ class Observer(TorchFunctionMode):
         self._generator = generator
         self._paused = False
         self._in_log_prob = False
+        self._differentiating = False  # inside a torch.autograd.grad of the user's
+        self._record = record
         self._contexts = ExitStack()
-        self.observation = Observation(Tape(parameters) if record else None)
+        self.observation = self._new_observation()
 
     def __enter__(self) -> Any:
         """Start watching."""
@@ -152,19 +140,22 @@ class Observer(TorchFunctionMode):
             # Compiled code would hide its calls; the unobserved steps still run compiled.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
         self._contexts.enter_context(watching_log_prob(self._log_prob))
+        _ACTIVE.append(self)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exc: Any) -> None:
         """Stop watching; the hooks on the losses stay until the backward pass has fired them."""
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
+        _ACTIVE.remove(self)
         self._contexts.close()
 
     def restart(self) -> Observation:
         """Begin a new observation, the step of the old one having been made; returns the new."""
-        self.observation = Observation(
-            None if self.observation.tape is None else Tape([*self._parameters.values()])
-        )
+        self.observation = self._new_observation()
         return self.observation
+
+    def _new_observation(self) -> Observation:
+        return Observation(Tape([*self._parameters.values()], LAYERS), self._record)
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which nothing is observed, for our own torch calls."""
@@ -185,12 +176,15 @@ class Observer(TorchFunctionMode):
         if body is not None:  # its parts are recorded, and not the whole
             with _Again(self):
                 return body(*args, **kwargs)
-        looked_for = torch.is_grad_enabled() and not self._in_log_prob
+        looked_for = torch.is_grad_enabled() and not self._in_log_prob and self._kind != "ggn"
         loss = read_loss_call(func, args, kwargs) if looked_for else None
         tape = self.observation.tape
-        mark = tape.mark(loss.predictions) if tape is not None and loss is not None else None
-        result = func(*args, **kwargs) if tape is None else tape.run(func, args, kwargs)
-        if loss is not None and result.requires_grad:
+        mark = tape.mark(loss.predictions) if loss is not None else None
+        with self._differentiation(func is torch.autograd.grad):
+            result = tape.run(func, args, kwargs)
+        if _is_scalar(result) and result.requires_grad:
+            self._watch_objective(result)
+        if loss is not None and mark is not None and result.requires_grad:
             self._watch_loss(loss, mark, result)
         elif self._sink is not None and isinstance(result, Tensor) and result.requires_grad:
             call = read_map_call(func, args, kwargs)
@@ -209,13 +203,14 @@ class Observer(TorchFunctionMode):
 
         What it calls in turn, be it another distribution's `log_prob`, is part of it.
         """
-        if self._paused or self._in_log_prob or not torch.is_grad_enabled():
+        ignored = self._paused or self._in_log_prob or self._kind == "ggn"
+        if ignored or not torch.is_grad_enabled():
             return compute()
         call = read_log_prob(distribution, value)
         if call is None:
             return compute()
         tape = self.observation.tape
-        mark = None if tape is None else tape.mark(call.predictions)
+        mark = tape.mark(call.predictions)
         self._in_log_prob = True
         try:
             result = compute()
@@ -225,25 +220,95 @@ class Observer(TorchFunctionMode):
             self._watch_loss(replace(call, shape=result.shape), mark, result)
         return result
 
-    def _watch_loss(self, loss: ScoredCall, mark: Mark | None, value: Tensor) -> None:
+    def declare(
+        self, distribution: Distribution, observed: Tensor, weight: Tensor | float | None
+    ) -> None:
+        """Take note of a prediction that the user declares; see the function of that name."""
+        call = read_log_prob(distribution, observed)
+        if call is None:
+            raise LikelihoodError(
+                f"declare() was given a {type(distribution).__name__} that no trained parameter "
+                "enters or that has no `sample`. Usual cause: its arguments were detached, or "
+                "computed under torch.no_grad(). Make it of the model's outputs."
+            )
+        mark = self.observation.tape.mark(call.predictions)
+        with torch.no_grad(), self.paused():
+            shape = distribution.log_prob(observed).shape
+            one = torch.ones(shape, device=call.predictions[0].device)
+            weights = one / one.numel() if weight is None else weight * one
+        self.observation.declared.append((replace(call, shape=shape), mark, weights))
+
+    def _watch_loss(self, loss: ScoredCall, mark: Mark, value: Tensor) -> None:
         observation = self.observation
         observation.recognised += 1
+        with self.paused():
+            observation.tape.score(value)
 
         def on_gradient(gradient: Tensor) -> None:
-            # With grad mode on this is a derivative taken inside the objective (create_graph=True),
-            # not the training step's own backward.
-            if torch.is_grad_enabled():
+            if not observation.declared:
+                self._score(observation, loss, mark, gradient)
+
+        self._on_gradient(value, on_gradient)
+
+    def _watch_objective(self, value: Tensor) -> None:
+        """Look at what a scalar is made of beside recognised losses, if it is an objective."""
+        observation, place = self.observation, self.observation.tape.place(value)
+        if place is None:
+            return
+
+        def on_gradient(gradient: Tensor) -> None:
+            if not observation.claim(place):
+                return
+            for call, mark, weights in observation.declared:
+                self._score(observation, call, mark, gradient * weights)
+            if observation.declared:
+                return
+            tail, loss = self._own_loss(observation, place)
+            if tail is not None and loss is not None:
+                self._score(observation, loss, tail.mark, gradient)
+
+        self._on_gradient(value, on_gradient)
+
+    def _on_gradient(self, value: Tensor, act: Callable[[Tensor], None]) -> None:
+        """Act when the training step's own backward reaches a value."""
+        observation = self.observation
+
+        def hook(gradient: Tensor) -> None:
+            # With grad mode on this is a derivative taken inside the objective (create_graph=True);
+            # while paused, it is our own.
+            if torch.is_grad_enabled() or self._differentiating or self._paused:
                 return
             started = time.perf_counter()
             with torch.no_grad(), self.paused():
-                weights = loss.weights(gradient)
-                likelihood = loss.likelihood()
-                if self._sink is not None:
-                    self._backward(observation, loss, weights)
-            observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
+                act(gradient)
             observation.seconds += time.perf_counter() - started
 
-        value.register_hook(on_gradient)
+        value.register_hook(hook)
+
+    def _score(
+        self, observation: Observation, loss: ScoredCall, mark: Mark, gradient: Tensor
+    ) -> None:
+        weights = loss.weights(gradient)
+        likelihood = loss.likelihood()
+        if self._sink is not None:
+            self._backward(observation, loss, weights)
+        observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
+
+    def _own_loss(
+        self, observation: Observation, place: Mark
+    ) -> tuple[Tail | None, OwnLoss | None]:
+        """What an objective says of the outputs of the last layers beside recognised losses."""
+        tape, found = observation.tape, None
+        for deep in (False, True):
+            tail = tape.tail(place, deep)
+            if not tail.outputs or (found and tail.mark.tensors == found[0].mark.tensors):
+                continue
+            loss = functools.partial(tape.value, tail)
+            curvature = OutputCurvature(loss, tail.outputs, self._generator)
+            found = tail, OwnLoss(tail.outputs, loss, curvature, not tail.fixed)
+            if curvature.straight < 1.0:
+                break
+        return found or (None, None)
 
     def _backward(self, observation: Observation, loss: ScoredCall, weights: Tensor) -> None:
         """F = Σ_i w_i J_iᵀ H_i J_i, from scores s_i of mean 0 and covariance H_i.
@@ -280,6 +345,19 @@ class Observer(TorchFunctionMode):
             )
 
 
+    @contextmanager
+    def _differentiation(self, on: bool) -> Iterator[None]:
+        self._differentiating = on
+        try:
+            yield
+        finally:
+            self._differentiating = False
+
+
+def _is_scalar(result: Any) -> bool:
+    return isinstance(result, Tensor) and result.numel() == 1 and result.is_floating_point()
+
+
 class _Again(AbstractContextManager[None]):
     """Puts a mode that is handling a call back on, for the calls inside it."""
 
@@ -303,33 +381,3 @@ class _Paused(AbstractContextManager[None]):
 
     def __exit__(self, *exc: Any) -> None:
         self._observer._paused = self._was
-
-
-def why_no_fisher(observations: Sequence[Observation]) -> str:
-    """What to tell a user whose observed training step gave no Fisher information."""
-    known = (
-        "Recognised losses: "
-        + ", ".join(RECOGNISED)
-        + "; and log_prob of any torch.distributions.Distribution that can be sampled."
-    )
-    if not observations:
-        return (
-            "step() before any observed training step. Wrap the forward pass and the loss in "
-            "`with optimizer.observe():`, or, with Lightning, pass "
-            "`callbacks=[ngplugin.NaturalGradient()]` to the Trainer."
-        )
-    if not any(observation.recognised for observation in observations):
-        return (
-            "the observed training step called no loss function that reveals what the model "
-            "predicts, so its Fisher information is unknown. Usual cause: a loss written by hand. "
-            f"Call the torch function instead. {known}"
-        )
-    if not any(observation.scored for observation in observations):
-        return (
-            "no recognised loss of the observed step is part of what backward() was called on. "
-            f"Usual cause: the objective is computed by hand beside it. {known}"
-        )
-    return (
-        "the statistics of the first observed step are not finite. Usual cause: inf or nan in the "
-        "batch or the loss."
-    )

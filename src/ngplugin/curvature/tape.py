@@ -10,37 +10,34 @@ numbers (the generator's state is kept for each call that consumed any), the aut
 Python's control flow. What it never touches: buffers (a call that changed one, such as batch
 normalization, gets a copy of it), gradients, and the global random state.
 
-A tape keeps no activation alive: tensors made during the recording are known by weak reference.
+Tensors made during the recording are known by weak reference. Only the outputs of layers are kept
+alive, until `release`: the objective as a function of the last ones is of interest too.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ngplugin.curvature.recorded_call import (
+    Entry,
+    RecordedCall,
+    Slot,
+    changes_first_argument,
+    map_tensors,
+    slots_in,
+    tensors_in,
+)
+
 # Update running statistics among their arguments without raising those tensors' version counters.
 _WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
-
-
-class _Slot(int):
-    """Stands in a recorded call's arguments for a tensor that an earlier call made."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    function: Callable[..., Any]
-    args: tuple[Any, ...]  # tensors made by earlier calls are slots
-    kwargs: dict[str, Any]
-    outputs: tuple[_Slot | None, ...]  # one for each tensor of the result, in order
-    copies: frozenset[int]  # ids of constants that the call changes behind its result
-    random: tuple[Tensor, ...] | None  # generator states before a call that consumed randomness
-    autocast: torch.dtype | None  # None: autocast was off
 
 
 @dataclass(frozen=True)
@@ -51,36 +48,23 @@ class Mark:
     tensors: tuple[Any, ...]  # slots, or the tensors themselves where no call made them
 
 
-def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
-    """Apply `function` to each leaf of nested tuples, lists and dicts, keeping their types."""
-    if isinstance(tree, tuple):
-        items = [map_tensors(function, item) for item in tree]
-        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
-    if isinstance(tree, list):
-        return [map_tensors(function, item) for item in tree]
-    if isinstance(tree, dict):
-        return {key: map_tensors(function, item) for key, item in tree.items()}
-    return function(tree)
+@dataclass(frozen=True)
+class Tail:
+    """The calls between the model's last layers and a value.
 
+    Attributes:
+        outputs: of the last layers, with their graph.
+        mark: where the tape has them, for a replay.
+        value: where it has the value.
+        calls: those between, with their places.
+        fixed: other values that enter, which count as constants.
+    """
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Each tensor in nested tuples, lists and dicts, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        yield from tensors_in(list(tree.values()))
-
-
-def _changes_first_argument(name: str, kwargs: dict[str, Any]) -> bool:
-    """Whether a call writes into its first argument: `add_`, `x[i] = y`, `inplace=True`."""
-    return (
-        (name.endswith("_") and not name.endswith("__"))
-        or name == "__setitem__"
-        or kwargs.get("inplace") is True
-    )
+    outputs: tuple[Tensor, ...]
+    mark: Mark
+    value: Mark
+    calls: Sequence[tuple[int, RecordedCall]]
+    fixed: dict[int, Tensor]
 
 
 class Tape:
@@ -89,16 +73,23 @@ class Tape:
     Args:
         parameters: the tensors whose later values a replay must see. They are read at replay
             time, so changing them in place and replaying gives the changed model's prediction.
+        layers: the functions that apply a layer's weights.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], layers: Collection[Callable[..., Any]] = ()
+    ) -> None:
+        self._layers = layers
         self._parameters = {id(p): p for p in parameters}
         self._device = parameters[0].device if parameters else torch.device("cpu")
-        self._calls: list[_Call] = []
-        self._slots: Any = WeakTensorKeyDictionary()  # tensor -> _Slot
+        self._calls: list[RecordedCall] = []
+        self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
         self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
         self._alias: list[int] = []  # slot -> the first slot of those that share its memory
-        self._originals: dict[_Slot, Tensor] = {}  # constants as they were before being written to
+        self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
+        self._alone: set[Slot] = set()  # what was computed from parameters only
+        self._made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
+        self._scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self.obstacle: str | None = None  # why this tape cannot be replayed
 
     def run(
@@ -118,7 +109,7 @@ class Tape:
 
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
-        if _changes_first_argument(name, kwargs) or "out" in kwargs:
+        if changes_first_argument(name, kwargs) or "out" in kwargs:
             self._keep_original(next(tensors_in([kwargs.get("out"), args])), name)
         random = self._random_state()
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
@@ -128,7 +119,13 @@ class Tape:
 
         result = function(*args, **kwargs)
 
+        entry = self._entry(function, inputs, result)
         outputs = tuple(self._new_slot(t) for t in tensors_in(result))
+        if entry != "none":
+            made = zip(outputs, tensors_in(result), strict=True)
+            self._made.update((slot, t) for slot, t in made if slot is not None)
+        if entry == "alone":
+            self._alone.update(slot for slot in outputs if slot is not None)
         if not outputs and name != "__setitem__":
             return result  # a shape, a number: nothing to replay
         consumed = any(
@@ -141,7 +138,7 @@ class Tape:
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
         autocast = torch.is_autocast_enabled(self._device.type)
         self._calls.append(
-            _Call(
+            RecordedCall(
                 function,
                 recorded_args,
                 recorded_kwargs,
@@ -149,9 +146,41 @@ class Tape:
                 frozenset(id(t) for t in changed),
                 random if consumed else None,
                 torch.get_autocast_dtype(self._device.type) if autocast else None,
+                entry,
             )
         )
         return result
+
+    def _entry(
+        self, function: Callable[..., Any], inputs: Sequence[Tensor], result: Any
+    ) -> Entry:
+        weights = [
+            t for t in inputs if id(t) in self._parameters or self._slots.get(t) in self._alone
+        ]
+        derivative = function is torch.autograd.grad  # its graph is no argument of it
+        if function in self._layers or derivative:
+            return "layer" if weights or derivative else "none"
+        if not weights:
+            return "none"
+        data = [t for t in inputs if t in self._slots and self._slots[t] not in self._alone]
+        size = max(t.numel() for t in weights)
+        if not data and (
+            len(weights) == len(inputs) or all(t.numel() == size for t in tensors_in(result))
+        ):
+            return "alone"
+        if all(t.numel() == 1 for t in tensors_in(result)):
+            return "none"  # a penalty is added to a loss
+        return "layer" if any(t.dim() > 1 for t in weights) else "beside"
+
+    def score(self, value: Tensor) -> None:
+        """Note that the last call returned the value of a loss that is accounted for."""
+        if value in self._slots:
+            self._scored[len(self._calls) - 1] = value.detach().clone()
+            self._alone.discard(self._slots[value])
+
+    def release(self) -> None:
+        """Let the graph go; `tail` finds nothing from here on."""
+        self._made.clear()
 
     def mark(self, tensors: Sequence[Tensor]) -> Mark:
         """Remember `tensors`, as they are now, as something a replay shall return."""
@@ -175,10 +204,10 @@ class Tape:
         calls = self._needed_calls(marks)
         last_use: dict[int, int] = {}
         for i, call in calls:
-            for slot in self._slots_in((call.args, call.kwargs, call.outputs)):
+            for slot in slots_in((call.args, call.kwargs, call.outputs)):
                 last_use[slot] = i
         for mark in marks:
-            for slot in self._slots_in(mark.tensors):
+            for slot in slots_in(mark.tensors):
                 last_use[slot] = max(mark.position, last_use.get(slot, 0))
         differentiates = any(call.function is torch.autograd.grad for _, call in calls)
         values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
@@ -191,7 +220,7 @@ class Tape:
                     while waiting and waiting[0].position <= i:
                         results.append(self._marked(waiting.pop(0), values))
                     self._rerun(call, values)
-                    for slot in self._slots_in((call.args, call.kwargs, call.outputs)):
+                    for slot in slots_in((call.args, call.kwargs, call.outputs)):
                         if last_use[slot] <= i:
                             values.pop(slot, None)
                 results += [self._marked(mark, values) for mark in waiting]
@@ -199,17 +228,88 @@ class Tape:
             self._set_random_state(before)
         return results
 
+    # -- the part behind the last layers -------------------------------------------------------
+
+    def place(self, value: Tensor) -> Mark | None:
+        """Where a value is; None if it was not computed on the tape."""
+        return Mark(len(self._calls), (self._slots[value],)) if value in self._slots else None
+
+    def upstream(self, mark: Mark) -> set[int]:
+        """All memory, named by its first slot, that the marked tensors depend on."""
+        calls = [call for _, call in self._needed_calls([mark])]
+        return {self._alias[s] for call in calls for s in call.touched}
+
+    def tail(self, value: Mark, deep: bool = False) -> Tail:
+        """What leads from the model's last layers to a marked value.
+
+        Args:
+            value: one tensor.
+            deep: do not stop where parameters without layers enter; count such parameters
+                themselves as outputs of the model.
+        """
+        stops = {"layer"} if deep else {"layer", "beside"}
+        written = {
+            self._alias[s] for call in self._calls if call.entry in stops for s in call.touched
+        }
+        needed = {self._alias[s] for s in slots_in(value.tensors)}
+        outputs: dict[Any, Tensor] = {}  # by slot, or by id where no call made them
+        fixed: dict[int, Tensor] = {}
+        between: list[tuple[int, RecordedCall]] = []
+        for i in range(value.position - 1, -1, -1):
+            call = self._calls[i]
+            met = [s for s in call.touched if self._alias[s] in needed]
+            if not met:
+                continue
+            if i in self._scored:
+                fixed[met[0]] = self._scored[i]
+            elif call.entry in stops:
+                outputs.update((s, self._made[s]) for s in met)
+            elif any(s in self._made and self._alias[s] in written for s in met) and set(
+                slots_in(call.args)
+            ).intersection(met):  # written to in place: the output is what it is now
+                outputs.update((s, self._made[s]) for s in met if s in self._made)
+            else:
+                between.append((i, call))
+                needed.update(self._alias[s] for s in slots_in((call.args, call.kwargs)))
+                for t in (*tensors_in(call.args), *tensors_in(call.kwargs)):
+                    unknown = t.grad_fn is not None and not self._origin_known(t)
+                    if unknown or (deep and id(t) in self._parameters):
+                        outputs[id(t)] = t
+                continue
+            needed.difference_update(self._alias[s] for s in met)
+        mark = Mark(value.position, tuple(k if type(k) is Slot else outputs[k] for k in outputs))
+        return Tail(tuple(outputs.values()), mark, value, between[::-1], fixed)
+
+    def value(self, tail: Tail, outputs: Sequence[Tensor]) -> Tensor:
+        """The tail's value as a function of the outputs of the last layers."""
+        values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        values.update(tail.fixed)
+        others: dict[int, Tensor] = {}
+        for place, tensor in zip(tail.mark.tensors, outputs, strict=True):
+            if type(place) is Slot:
+                values[place] = tensor
+            else:
+                others[id(place)] = tensor
+        before = self._random_state()
+        try:
+            for _, call in tail.calls:
+                self._rerun(call, values, others)
+        finally:
+            self._set_random_state(before)
+        (place,) = tail.value.tensors
+        return values[place] if type(place) is Slot else place
+
     # -- recording -------------------------------------------------------------------------
 
     def _slot_of(self, leaf: Any) -> Any:
         return self._slots.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf
 
-    def _new_slot(self, tensor: Tensor) -> _Slot | None:
+    def _new_slot(self, tensor: Tensor) -> Slot | None:
         if id(tensor) in self._parameters:
             return None
         if tensor in self._slots:  # changed in place: it keeps its slot
             return self._slots[tensor]  # type: ignore[no-any-return]
-        slot = _Slot(len(self._alias))
+        slot = Slot(len(self._alias))
         base = tensor._base if tensor._is_view() else None
         shared = self._slots.get(base) if base is not None else None
         self._alias.append(self._alias[shared] if shared is not None else int(slot))
@@ -250,33 +350,31 @@ class Tape:
 
     # -- replaying -------------------------------------------------------------------------
 
-    @staticmethod
-    def _slots_in(tree: Any) -> list[_Slot]:
-        found: list[_Slot] = []
-        map_tensors(lambda leaf: found.append(leaf) if type(leaf) is _Slot else None, tree)
-        return found
-
-    def _needed_calls(self, marks: Sequence[Mark]) -> list[tuple[int, _Call]]:
+    def _needed_calls(self, marks: Sequence[Mark]) -> list[tuple[int, RecordedCall]]:
         """The calls on whose results a marked tensor depends, with their places, in order."""
         needed: set[int] = set()  # memory, named by its first slot
-        chosen: list[tuple[int, _Call]] = []
+        chosen: list[tuple[int, RecordedCall]] = []
         pending = sorted(marks, key=lambda mark: mark.position)
         for i in range(len(self._calls) - 1, -1, -1):
             while pending and pending[-1].position > i:
-                needed.update(self._alias[s] for s in self._slots_in(pending.pop().tensors))
+                needed.update(self._alias[s] for s in slots_in(pending.pop().tensors))
             call = self._calls[i]
-            touched = [s for s in call.outputs if s is not None]
-            if not touched:  # x[i] = y returns nothing, it writes into x
-                touched = self._slots_in(call.args[:1])
-            if any(self._alias[s] in needed for s in touched):
-                needed.update(self._alias[s] for s in self._slots_in((call.args, call.kwargs)))
+            if any(self._alias[s] in needed for s in call.touched):
+                needed.update(self._alias[s] for s in slots_in((call.args, call.kwargs)))
                 chosen.append((i, call))
         return chosen[::-1]
 
-    def _rerun(self, call: _Call, values: dict[int, Tensor]) -> None:
+    def _rerun(
+        self,
+        call: RecordedCall,
+        values: dict[int, Tensor],
+        others: Mapping[int, Tensor] = MappingProxyType({}),  # by the id of what they stand for
+    ) -> None:
         def value_of(leaf: Any) -> Any:
-            if type(leaf) is _Slot:
+            if type(leaf) is Slot:
                 return values[leaf]
+            if id(leaf) in others:
+                return others[id(leaf)]
             return leaf.clone() if id(leaf) in call.copies else leaf
 
         if call.random is not None:
@@ -295,4 +393,4 @@ class Tape:
     @staticmethod
     def _marked(mark: Mark, values: dict[int, Tensor]) -> tuple[Tensor, ...]:
         # Cloned, since a later call may write into a prediction.
-        return tuple((values[t] if type(t) is _Slot else t).detach().clone() for t in mark.tensors)
+        return tuple((values[t] if type(t) is Slot else t).detach().clone() for t in mark.tensors)

@@ -12,7 +12,7 @@ def show(coverage: Coverage) -> None:
     title = "natural gradient: what preconditions each parameter"
     hidden = len(coverage.rows) - _MOST_ROWS
     shown = Coverage(coverage.rows[:_MOST_ROWS])
-    caption = coverage.totals()
+    caption = f"{coverage.totals()}\n{coverage.sources()}"
     if hidden > 0:
         caption = f"{hidden} more in NaturalGradient.coverage(). {caption}"
     try:

@@ -12,6 +12,8 @@ from ngplugin.curvature.likelihoods.log_prob import watching_log_prob as watchin
 from ngplugin.curvature.likelihoods.loss_call import LossCall as LossCall
 from ngplugin.curvature.likelihoods.loss_call import ScoredCall as ScoredCall
 from ngplugin.curvature.likelihoods.loss_calls import read_loss_call as read_loss_call
+from ngplugin.curvature.likelihoods.output_curvature import OutputCurvature as OutputCurvature
+from ngplugin.curvature.likelihoods.own_loss import OwnLoss as OwnLoss
 
 __all__ = [
     "Bernoulli",
@@ -21,6 +23,8 @@ __all__ = [
     "Likelihood",
     "LogProbCall",
     "LossCall",
+    "OutputCurvature",
+    "OwnLoss",
     "Prediction",
     "ScoredCall",
     "read_log_prob",

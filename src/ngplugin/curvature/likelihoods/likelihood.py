@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-FisherKind = Literal["sampled", "propagated"]
+FisherKind = Literal["sampled", "propagated", "ggn"]
 
 
 class Prediction(ABC):

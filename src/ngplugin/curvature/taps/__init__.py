@@ -21,6 +21,7 @@ from ngplugin.curvature.taps.lookups import embedding, embedding_bag
 from ngplugin.curvature.taps.map_call import LookupCall as LookupCall
 from ngplugin.curvature.taps.map_call import MapCall as MapCall
 from ngplugin.curvature.taps.matrices import addmm, bilinear, linear, matmul
+from ngplugin.curvature.taps.norms import NORMS
 from ngplugin.curvature.taps.norms import NormCall as NormCall
 from ngplugin.curvature.taps.norms import read_norm_call as read_norm_call
 
@@ -43,6 +44,11 @@ _READERS: dict[Callable[..., Any], Callable[..., MapCall | LookupCall | None]] =
     F.embedding: embedding,
     F.embedding_bag: embedding_bag,
 }
+
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+
+#: The functions that apply a layer's weights, whether or not they are linear maps.
+LAYERS = frozenset((*_READERS, *NORMS, *_RECURRENT))
 
 
 def read_map_call(

@@ -79,6 +79,9 @@ _READERS: dict[Callable[..., Any], Callable[..., NormCall]] = {
     F.instance_norm: _with_statistics("instance_norm"),
 }
 
+#: The normalizations that are known.
+NORMS = tuple(_READERS)
+
 
 def read_norm_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -1,0 +1,280 @@
+"""The curvature of any loss at the outputs of a model, measured by differentiating it twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.likelihoods.likelihood import random_signs
+
+Loss = Callable[[Sequence[Tensor]], Tensor]  # outputs -> a scalar
+
+_MOST_FEATURES = 32  # of a row whose Hessian is computed in full, a product for each
+_MOST_EIGEN = 1e8  # rows · features³: eigenvalue problems of all rows, about a second's tenth
+_PROBES = 8  # random products that estimate the diagonal of a larger or entangled Hessian
+_MOST_OF_ROW = 4.0  # medians; the squares of normal errors lose a quarter of their sum by it
+_ALIKE = 1e-3  # relative difference up to which two measurements of a Hessian agree
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Outputs that share all but their last dimension: one small matrix for each row.
+
+    Attributes:
+        members: which outputs, by their places.
+        widths: features of each.
+        values: `[rows, features]`, eigenvalues, or the diagonal itself without vectors.
+        vectors: `[rows, features, features]`, in columns.
+    """
+
+    members: tuple[int, ...]
+    widths: tuple[int, ...]
+    values: Tensor
+    vectors: Tensor | None
+
+    def gather(self, outputs: Sequence[Tensor]) -> Tensor:
+        """In the basis of the eigenvectors, `[rows, features]`."""
+        parts = [outputs[i].reshape(-1, w) for i, w in zip(self.members, self.widths, strict=True)]
+        joined = torch.cat(parts, 1)
+        if self.vectors is None:
+            return joined
+        return (self.vectors.mT @ joined[:, :, None])[:, :, 0]
+
+    def scatter(self, rows: Tensor, into: list[Tensor]) -> None:
+        """The inverse of `gather`."""
+        if self.vectors is not None:
+            rows = (self.vectors @ rows[:, :, None])[:, :, 0]
+        for i, part in zip(self.members, rows.split(self.widths, 1), strict=True):
+            into[i] = part.reshape(into[i].shape)
+
+
+class OutputCurvature:
+    """|H| of a loss at some outputs: its Hessian with every eigenvalue's sign made positive.
+
+    With it JᵀHJ is the generalized Gauss-Newton matrix (Schraudolph 2002; Martens 2014,
+    arXiv:1412.1193, §8). For a loss that is convex in the outputs |H| = H. Where it is not, the
+    absolute value keeps a step away from a saddle as far as one towards a minimum (Dauphin et al.
+    2014, arXiv:1406.2572).
+
+    The outputs of one row (an example, a token) may depend on each other, rows may not. That is
+    tried: if products with two random sign vectors agree element by element, the Hessian is a
+    diagonal, and they give it exactly. Otherwise that of every row is computed in full, if it is
+    small and if a random product confirms that rows are independent. What remains gets the
+    diagonal, estimated from a few products (Hutchinson).
+
+    A loss that is straight in an output has no curvature there but may well have a slope g, such as
+    the absolute error. Such rows get the *empirical* g gᵀ, scaled so that the step to the minimum
+    of the quadratic model would halve their number's share of the loss.
+
+    Args:
+        loss: of the outputs; evaluated once, and differentiated.
+        outputs: where, detached.
+        generator: of the random products.
+
+    Attributes:
+        value: of the loss.
+        slopes: g, one tensor an output.
+        straight: the share of rows with a slope that have no curvature, in [0, 1].
+    """
+
+    def __init__(
+        self, loss: Loss, outputs: Sequence[Tensor], generator: torch.Generator
+    ) -> None:
+        self.outputs = [t.detach() for t in outputs]
+        leaves = [t.detach().requires_grad_() for t in outputs]
+        with torch.enable_grad():
+            value = loss(leaves)
+            slopes = _derivatives([value], leaves, None, create_graph=True)
+        self.value = value.detach()
+        self.slopes = [g.detach() for g in slopes]
+        self._groups: list[_Rows] = []
+        product = _Products(slopes, leaves, generator)
+        straight, sloping = 0, 0
+        scale = self._loss_scale()
+        for members in _by_rows(self.outputs):
+            widths = tuple(_width(self.outputs[i]) for i in members)
+            values, vectors = product.rows(members, widths)
+            group = _Rows(members, widths, values, vectors)
+            g = _Rows(members, widths, values, None).gather(self.slopes)
+            group, bent = _with_empirical(group, g, scale)
+            self._groups.append(group)
+            has_slope = (g != 0).any(1) if vectors is not None else g != 0
+            sloping += int(has_slope.sum())
+            straight += int((has_slope & ~bent).sum())
+        self.straight = straight / sloping if sloping else 0.0
+
+    def _loss_scale(self) -> float:
+        """What the loss is worth in its own units, positive: its size, or a part of Σ|g z|.
+
+        The second keeps it from vanishing where a loss of either sign passes zero.
+        """
+        linear = sum(float((g * z).abs().sum()) for g, z in zip(self.slopes, self.outputs))
+        return max(abs(float(self.value)), 0.1 * linear)
+
+    def root(self, generator: torch.Generator) -> list[Tensor]:
+        """|H|^½ ε with random signs ε, one tensor an output: mean 0 and covariance |H|."""
+        seeds = [torch.zeros_like(t) for t in self.outputs]
+        for group in self._groups:
+            group.scatter(group.values.sqrt() * random_signs(group.values, generator), seeds)
+        return seeds
+
+    def squared_length(self, vectors: Sequence[Tensor]) -> Tensor:
+        """VᵀHv, a scalar."""
+        parts = [(group.values * group.gather(vectors).square()).sum() for group in self._groups]
+        return torch.stack(parts).sum()
+
+    def decrement(self) -> Tensor:
+        """GᵀH⁺g, twice what a Newton step of the outputs would take off the loss; a scalar.
+
+        Where H nearly vanishes in a row, the quadratic model promises it too much: no row counts
+        for more than a few times the median of those that count at all.
+        """
+        parts = []
+        for group in self._groups:
+            g = group.gather(self.slopes)
+            least = 1e-6 * group.values.amax(-1, keepdim=True)
+            of_row = torch.where(group.values > least, g.square() / group.values, 0.0)
+            if group.vectors is not None:
+                of_row = of_row.sum(1)
+            most = _MOST_OF_ROW * of_row[of_row > 0].median() if of_row.any() else 0.0
+            parts.append(of_row.clamp_max(most).sum())
+        return torch.stack(parts).sum()
+
+
+def _with_empirical(group: _Rows, g: Tensor, scale: float) -> tuple[_Rows, Tensor]:
+    """Give rows without curvature κ g gᵀ, with Σ gᵀ(κ g gᵀ)⁺g = 2 · scale; and which are bent."""
+    if group.vectors is None:  # a row is an element
+        bent = group.values > 0
+        straight = ~bent & (g != 0)
+        kappa = straight.sum() / (2 * scale) if scale > 0 else 0.0
+        values = torch.where(straight, kappa * g.square(), group.values)
+        return _Rows(group.members, group.widths, values, None), bent
+    bent = (group.values > 0).any(1)
+    straight = ~bent & (g != 0).any(1)  # [rows]
+    if not straight.any():
+        return group, bent
+    kappa = straight.sum() / (2 * scale) if scale > 0 else torch.zeros(())
+    length = g.norm(dim=1, keepdim=True)  # [rows, 1]
+    # Householder: an orthogonal matrix whose first column is ±g/|g|.
+    u = g / length.clamp_min(torch.finfo(g.dtype).tiny)
+    u[:, 0] += torch.where(u[:, 0] >= 0, 1.0, -1.0)
+    I = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
+    H = I - 2 * u[:, :, None] * u[:, None, :] / u.square().sum(1)[:, None, None]
+    only = torch.zeros_like(group.values)
+    only[:, :1] = kappa * length.square()
+    values = torch.where(straight[:, None], only, group.values)
+    vectors = torch.where(straight[:, None, None], H, group.vectors)
+    return _Rows(group.members, group.widths, values, vectors), bent
+
+
+class _Products:
+    """Products of a loss's Hessian with vectors over the outputs."""
+
+    def __init__(
+        self, slopes: Sequence[Tensor], leaves: Sequence[Tensor], generator: torch.Generator
+    ) -> None:
+        self._slopes, self._leaves, self._generator = slopes, leaves, generator
+        signs = [self._signs(range(len(leaves))) for _ in range(2)]
+        self._probes = [
+            [v * h for v, h in zip(vs, self._times(vs), strict=True)] for vs in signs
+        ]
+
+    def rows(self, members: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """|H| of a group of outputs: eigenvalues and vectors, or the diagonal and None."""
+        joined = [
+            torch.cat([probe[i].reshape(-1, w) for i, w in zip(members, widths, strict=True)], 1)
+            for probe in self._probes
+        ]
+        if _alike(*joined):
+            return joined[0].abs(), None
+        rows, features = joined[0].shape
+        if features <= _MOST_FEATURES and rows * features**3 <= _MOST_EIGEN:
+            H = self._full(members, widths, rows)
+            if H is not None:
+                values, vectors = torch.linalg.eigh(H)
+                values = values.abs()
+                # What rounding leaves of a zero eigenvalue is no curvature.
+                noise = features * torch.finfo(H.dtype).eps * values.amax(1, keepdim=True)
+                return torch.where(values > noise, values, 0.0), vectors
+        for _ in range(_PROBES - len(self._probes)):
+            vs = self._signs(members)
+            hs = self._times(vs)
+            joined.append(
+                torch.cat(
+                    [(vs[i] * hs[i]).reshape(-1, w) for i, w in zip(members, widths, strict=True)],
+                    1,
+                )
+            )
+        return torch.stack(joined).mean(0).abs(), None
+
+    def _full(
+        self, members: tuple[int, ...], widths: tuple[int, ...], rows: int
+    ) -> Tensor | None:
+        """The Hessian of every row, `[rows, features, features]`; None if rows meet."""
+
+        def columns(vectors: Sequence[Tensor]) -> Tensor:
+            products = self._times(vectors)
+            return torch.cat([products[i].reshape(rows, -1) for i in members], 1)
+
+        H = []
+        for i, w in zip(members, widths, strict=True):
+            for j in range(w):
+                unit = [torch.zeros_like(t) for t in self._leaves]
+                unit[i].reshape(rows, w)[:, j] = 1.0
+                H.append(columns(unit))
+        full = torch.stack(H, 2)
+        full = 0.5 * (full + full.mT)
+        signs = self._signs(members)
+        v = torch.cat([signs[i].reshape(rows, -1) for i in members], 1)
+        confirmed = _alike(columns(signs), (full @ v[:, :, None])[:, :, 0])
+        return full if confirmed else None
+
+    def _signs(self, members: Sequence[int]) -> list[Tensor]:
+        return [
+            random_signs(t.detach(), self._generator) if i in members else torch.zeros_like(t)
+            for i, t in enumerate(self._leaves)
+        ]
+
+    def _times(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        curved = [i for i, g in enumerate(self._slopes) if g.requires_grad]
+        if not curved:
+            return [torch.zeros_like(t) for t in self._leaves]
+        return _derivatives(
+            [self._slopes[i] for i in curved], self._leaves, [vectors[i] for i in curved]
+        )
+
+
+def _derivatives(
+    values: Sequence[Tensor],
+    leaves: Sequence[Tensor],
+    vectors: Sequence[Tensor] | None,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """Of Σ vector · value; zero where nothing depends on a leaf."""
+    found = torch.autograd.grad(
+        values, leaves, vectors, retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return [
+        torch.zeros_like(t) if d is None else d for d, t in zip(found, leaves, strict=True)
+    ]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return bool(((a - b).abs().max() <= _ALIKE * torch.maximum(a.abs().max(), b.abs().max())))
+
+
+def _width(t: Tensor) -> int:
+    """Features of a row: the last dimension, if there are several."""
+    return t.shape[-1] if t.dim() > 1 else 1
+
+
+def _by_rows(outputs: Sequence[Tensor]) -> list[tuple[int, ...]]:
+    """Places of the outputs that have the same rows."""
+    groups: dict[torch.Size, list[int]] = {}
+    for i, t in enumerate(outputs):
+        if t.numel():
+            groups.setdefault(t.shape[:-1] if t.dim() > 1 else t.shape, []).append(i)
+    return [tuple(members) for members in groups.values()]

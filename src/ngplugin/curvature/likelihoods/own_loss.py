@@ -1,0 +1,114 @@
+"""A loss of the user's own: no known likelihood, only a function of the model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction, random_signs
+from ngplugin.curvature.likelihoods.loss_call import ScoredCall
+from ngplugin.curvature.likelihoods.output_curvature import OutputCurvature
+
+# Losses of which more than this share of the sloping rows is straight go by the name of empirical.
+_MOSTLY = 0.5
+
+
+@dataclass(frozen=True)
+class OwnLoss(ScoredCall):
+    """What an objective says beside the losses that are recognised; it is a single term.
+
+    It is treated as -log p of a distribution in natural parameters, the outputs, would be: the
+    Fisher information is the loss's own Hessian (see `OutputCurvature`), and the KL its Bregman
+    divergence. Like the variance of squared error, the unit in which it is a nat is taken
+    from the data: the Newton decrement gᵀH⁺g, which for squared error is the sum of squares.
+
+    Attributes:
+        predictions: the outputs of the model's last layers.
+        loss: the value they lead to.
+        curvature: of the loss at these outputs.
+        alone: no other loss is a part of the value.
+    """
+
+    predictions: tuple[Tensor, ...]
+    loss: Callable[[Sequence[Tensor]], Tensor]
+    curvature: OutputCurvature
+    alone: bool
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """What the coverage table calls it."""
+        if self.curvature.straight > _MOSTLY:
+            return "the empirical Fisher of a loss without curvature"
+        return "the Gauss-Newton matrix of a loss of its own"
+
+    @property
+    def target(self) -> Tensor:  # type: ignore[override]
+        """Nothing: the loss knows what it compares with."""
+        return self.curvature.value
+
+    def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> OwnPrediction:
+        """The outputs, as something to be compared."""
+        outputs = self.curvature.outputs if predictions is None else [*predictions]
+        return OwnPrediction(self, outputs)
+
+    def weights(self, gradient: Tensor) -> Tensor:
+        """|d(objective)/d(value)|, `[1]`."""
+        return gradient.abs().reshape(1).to(self.curvature.value.dtype)
+
+    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """√w |H|^½ ε, whatever the kind."""
+        return [weights.sqrt().reshape(()) * seed for seed in self.curvature.root(generator)]
+
+    def detached(self) -> OwnLoss:
+        """The same with detached outputs."""
+        return replace(self, predictions=tuple(t.detach() for t in self.predictions))
+
+    def nats(self) -> Tensor:
+        """What the value's unit is worth, a scalar.
+
+        A loss that falls to zero is no further from its minimum than its value, whatever a nearly
+        flat Hessian says.
+        """
+        decrement = self.curvature.decrement()
+        value = self.curvature.value
+        bounded = torch.minimum(decrement, 2 * value)
+        return torch.where(value > 0, bounded, decrement) if self.alone else decrement
+
+
+class OwnPrediction(Prediction):
+    """Outputs of a model, of which only a loss is known."""
+
+    def __init__(self, call: OwnLoss, outputs: Sequence[Tensor]) -> None:
+        self.call = call
+        self.outputs = outputs
+
+    def kl(self, other: OwnPrediction) -> Tensor:
+        """The larger of ½ ΔᵀHΔ and L(z + Δ) - L(z) - gᵀΔ, in units of the loss, `[1]`.
+
+        The second, a Bregman divergence, is the KL where L is -log p in natural parameters, and
+        sees what H at z does not: an exponential that grows. The first is never negative.
+        """
+        curvature = self.call.curvature
+        pairs = zip(other.outputs, self.outputs, strict=True)
+        delta = [(new - old).to(old.dtype) for new, old in pairs]
+        linear = sum((g * d).sum() for g, d in zip(curvature.slopes, delta, strict=True))
+        bregman = other.nll(curvature.value) - self.nll(curvature.value) - linear
+        return torch.maximum(0.5 * curvature.squared_length(delta), bregman).reshape(1)
+
+    def nll(self, target: Tensor) -> Tensor:
+        """The loss itself, `[1]`."""
+        return self.call.loss(self.outputs).detach().reshape(1)
+
+    def divergence(self, target: Tensor) -> Tensor:
+        """Half its unit, as of squared error under its own variance, `[1]`."""
+        return 0.5 * self.call.nats().reshape(1)
+
+    def dispersion(
+        self, target: Tensor, weight: Tensor, noise_variance: float | Literal["auto"]
+    ) -> Tensor:
+        """The unit that makes it nats."""
+        return self.call.nats()

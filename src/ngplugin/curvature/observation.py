@@ -1,0 +1,108 @@
+"""What one observed training step showed: its losses, its maps, and its tape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ngplugin.curvature.likelihoods import Prediction, ScoredCall
+from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
+from ngplugin.curvature.tape import Mark, Tape
+from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
+
+
+@dataclass
+class ScoredLoss:
+    """A loss that turned out to be part of the objective.
+
+    Attributes:
+        call: how to read its predictions (detached: no graph is kept).
+        likelihood: p_θ, as predicted.
+        weights: w of each term, `[terms]`.
+        mark: where the tape has the predictions.
+    """
+
+    call: ScoredCall
+    likelihood: Prediction
+    weights: Tensor
+    mark: Mark
+
+    def kl(self, predictions: tuple[Tensor, ...]) -> Tensor:
+        """Σ_i w_i KL(p_θ ‖ p_new) at unit dispersion, nats; a scalar."""
+        return (self.weights * self.likelihood.kl(self.call.likelihood(predictions))).sum()
+
+    def reduction(self, predictions: tuple[Tensor, ...]) -> Tensor:
+        """Σ_i w_i (-log p_θ + log p_new)(target): how far this loss fell; a scalar."""
+        new = self.call.likelihood(predictions)
+        target = self.call.target
+        return (self.weights * (self.likelihood.nll(target) - new.nll(target))).sum()
+
+    def nll(self) -> Tensor:
+        """Σ_i w_i KL(data ‖ p_θ) at unit dispersion, nats; a scalar."""
+        return (self.weights * self.likelihood.divergence(self.call.target)).sum()
+
+    def dispersion(self, noise_variance: float | Literal["auto"]) -> Tensor:
+        """The likelihood's dispersion, as given or estimated from these targets; a scalar."""
+        return self.likelihood.dispersion(self.call.target, self.weights, noise_variance)
+
+
+@dataclass
+class Observation:
+    """What one forward and backward pass showed."""
+
+    tape: Tape
+    recorded: bool  # whether it is to be replayed
+    maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
+    norms: list[NormCall] = field(default_factory=list)
+    scored: list[ScoredLoss] = field(default_factory=list)
+    declared: list[tuple[ScoredCall, Mark, Tensor]] = field(default_factory=list)  # with weights
+    recognised: int = 0  # loss calls seen, scored or not
+    seconds: float = 0.0  # spent on the Fisher backward
+    claimed: set[int] = field(default_factory=set)  # memory that an objective was computed from
+
+    def replay(self) -> list[tuple[ScoredLoss, tuple[Tensor, ...]]]:
+        """Each scored loss with the predictions that the parameters' present values give."""
+        losses = sorted(self.scored, key=lambda loss: loss.mark.position)
+        marks = [loss.mark for loss in losses]
+        return list(zip(losses, self.tape.replay(marks), strict=True))
+
+
+    def release(self) -> None:
+        """Let the graph go."""
+        self.maps.clear()
+        self.tape.release()
+
+    def claim(self, value: Mark) -> bool:
+        """Whether a value is an objective: no other one that has a gradient was made from it."""
+        memory = self.tape.upstream(value)
+        new = not memory <= self.claimed
+        self.claimed |= memory
+        return new
+
+
+def why_no_fisher(observations: Sequence[Observation]) -> str:
+    """What to tell a user whose observed training step gave no Fisher information."""
+    if not observations:
+        return (
+            "step() before any observed training step. Wrap the forward pass and the loss in "
+            "`with optimizer.observe():`, or, with Lightning, pass "
+            "`callbacks=[ngplugin.NaturalGradient()]` to the Trainer."
+        )
+    if not any(observation.scored for observation in observations):
+        return (
+            "what backward() was called on was not computed inside observe() by torch functions "
+            "from the optimizer's parameters, so what the model predicts is unknown. Usual causes: "
+            "the loss is the result of a custom autograd.Function or of a scripted module, it was "
+            "computed outside the observed region, or backward() was given a tensor of several "
+            f"elements. Reduce it to a scalar there. Recognised losses: {', '.join(RECOGNISED)}; "
+            "log_prob of any torch.distributions.Distribution that can be sampled; and any "
+            "function of the model's outputs that is written in torch functions."
+        )
+    return (
+        "the statistics of the first observed step are not finite. Usual cause: inf or nan in the "
+        "batch or the loss."
+    )

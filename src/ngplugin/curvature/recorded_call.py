@@ -1,0 +1,74 @@
+"""One call of a torch function as a tape keeps it, to be run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+# How parameters enter a call: none does; by themselves, as in `w * mask`; beside what was computed
+# from data; or as a layer's weight.
+Entry = Literal["none", "alone", "beside", "layer"]
+
+
+class Slot(int):
+    """Stands in a recorded call's arguments for a tensor that an earlier call made."""
+
+
+@dataclass(frozen=True)
+class RecordedCall:
+    function: Callable[..., Any]
+    args: tuple[Any, ...]  # tensors made by earlier calls are slots
+    kwargs: dict[str, Any]
+    outputs: tuple[Slot | None, ...]  # one for each tensor of the result, in order
+    copies: frozenset[int]  # ids of constants that the call changes behind its result
+    random: tuple[Tensor, ...] | None  # generator states before a call that consumed randomness
+    autocast: torch.dtype | None  # None: autocast was off
+    entry: Entry
+
+    @property
+    def touched(self) -> list[Slot]:
+        """What it makes or writes to; x[i] = y returns nothing, it writes into x."""
+        made = [s for s in self.outputs if s is not None]
+        return made or slots_in(self.args[:1])
+
+
+def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply `function` to each leaf of nested tuples, lists and dicts, keeping their types."""
+    if isinstance(tree, tuple):
+        items = [map_tensors(function, item) for item in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
+    if isinstance(tree, list):
+        return [map_tensors(function, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, item) for key, item in tree.items()}
+    return function(tree)
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Each tensor in nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        yield from tensors_in(list(tree.values()))
+
+
+def slots_in(tree: Any) -> list[Slot]:
+    found: list[Slot] = []
+    map_tensors(lambda leaf: found.append(leaf) if type(leaf) is Slot else None, tree)
+    return found
+
+
+def changes_first_argument(name: str, kwargs: dict[str, Any]) -> bool:
+    """Whether a call writes into its first argument: `add_`, `x[i] = y`, `inplace=True`."""
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or name == "__setitem__"
+        or kwargs.get("inplace") is True
+    )
