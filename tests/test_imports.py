@@ -28,6 +28,7 @@ FLOORS = [
     {"curvature"},
     {
         "damping",
+        "declaration",
         "trust_region",
         "momentum",
         "report",

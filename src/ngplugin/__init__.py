@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ngplugin.curvature.observe import declare
 from ngplugin.damping import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping
+from ngplugin.declaration import declare
 from ngplugin.errors import (
     LikelihoodError,
     NgpluginError,

@@ -1,4 +1,4 @@
-"""Notices that the recognised losses are not what the objective is about."""
+"""Notices that the objective does not fall as its quadratic model says."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ _POOR_STEPS = 5
 
 
 class ObjectiveCheck:
-    """Warns once when the recognised losses fall far less than the objective was predicted to.
+    """Warns once when measured steps gain far less than they were predicted to.
 
-    The slope of the quadratic model is that of the whole objective, its curvature that of the
-    recognised losses alone. Where a term that is none of them has much of the gradient, nothing
-    holds the steps back in the directions that only this term knows.
+    Then the curvature is not the objective's: a part of it is hidden from the observer, or its
+    outputs meet in ways that no block of F shows.
     """
 
     def __init__(self) -> None:
@@ -28,10 +27,10 @@ class ObjectiveCheck:
         if self._poor >= _POOR_STEPS and not self._warned:
             self._warned = True
             warnings.warn(
-                f"ngplugin: on {_POOR_STEPS} measured steps in a row the recognised losses fell by "
-                f"less than {_POOR_RATIO:g} of what the quadratic model of the objective says. "
-                "Usual cause: much of the objective is no recognised loss (a penalty, the KL term "
-                "of a variational autoencoder), and the Fisher knows nothing of its curvature. Try "
-                "kl_radius=0.001, or damping_mode='absolute' with damping=1.",
+                f"ngplugin: on {_POOR_STEPS} measured steps in a row the objective fell by less "
+                f"than {_POOR_RATIO:g} of what its quadratic model says. Usual causes: the run is "
+                "at its noise floor, or a part of the objective is computed where it cannot be "
+                "seen (a custom autograd.Function). Try a smaller kl_radius, such as 0.003, a "
+                "learning-rate schedule that falls, or damping=1.",
                 stacklevel=2,
             )

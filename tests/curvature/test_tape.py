@@ -355,13 +355,14 @@ def test_a_prediction_of_no_parameter_is_given_back_as_it_was():
     assert torch.equal(tape.replay([mark])[0][0], 2 * leaf.detach())
 
 
-def test_a_tape_keeps_no_activation_alive():
+def test_a_tape_that_let_go_keeps_no_activation_alive():
     model = double(nn.Sequential(nn.Linear(4, 50), nn.Tanh(), nn.Linear(50, 50), nn.Linear(50, 3)))
     made = []
     hooks = [m.register_forward_hook(lambda m, i, o: made.append(weakref.ref(o))) for m in model]
     tape, mark, _ = record(model, lambda: model(X))
     for hook in hooks:
         hook.remove()
+    tape.release()
     gc.collect()
     assert len(made) == 4
     assert all(ref() is None for ref in made)

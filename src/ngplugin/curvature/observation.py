@@ -59,9 +59,9 @@ class Observation:
     maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
     norms: list[NormCall] = field(default_factory=list)
     scored: list[ScoredLoss] = field(default_factory=list)
-    declared: list[tuple[ScoredCall, Mark, Tensor]] = field(default_factory=list)  # with weights
     recognised: int = 0  # loss calls seen, scored or not
     seconds: float = 0.0  # spent on the Fisher backward
+    silenced: set[int] = field(default_factory=set)  # memory of losses that a declared one replaces
     claimed: set[int] = field(default_factory=set)  # memory that an objective was computed from
 
     def replay(self) -> list[tuple[ScoredLoss, tuple[Tensor, ...]]]:
@@ -69,7 +69,6 @@ class Observation:
         losses = sorted(self.scored, key=lambda loss: loss.mark.position)
         marks = [loss.mark for loss in losses]
         return list(zip(losses, self.tape.replay(marks), strict=True))
-
 
     def release(self) -> None:
         """Let the graph go."""

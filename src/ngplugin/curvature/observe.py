@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
@@ -45,7 +45,6 @@ from ngplugin.curvature.likelihoods import (
 )
 from ngplugin.curvature.observation import Observation, ScoredLoss
 from ngplugin.curvature.tape import Mark, Tail, Tape
-from ngplugin.errors import LikelihoodError
 from ngplugin.curvature.taps import (
     LAYERS,
     LookupCall,
@@ -72,32 +71,8 @@ class ScoreSink(Protocol):
         """Take each parameter with its d(score)/d(parameter), counting `share` of a draw."""
 
 
-_ACTIVE: list[Observer] = []
-
-
-def declare(
-    distribution: Distribution, observed: Tensor, weight: Tensor | float | None = None
-) -> None:
-    """Say inside a training step what the model predicts, where the loss does not reveal it.
-
-        ngplugin.declare(torch.distributions.Normal(mean, 0.1), target)
-
-    The Fisher information of the step is that of the declared distributions alone, whatever the
-    losses are. Several may be declared. Without an optimizer that observes the step, nothing
-    happens.
-
-    Args:
-        distribution: made of what the model computed; each element of its `log_prob(observed)` is
-            a term.
-        observed: what it is a prediction of.
-        weight: how much each term counts in the objective, broadcast to the terms; one over their
-            number by default, as in a mean.
-
-    Raises:
-        LikelihoodError: nothing in the distribution depends on a parameter, or it has no `sample`.
-    """
-    for observer in _ACTIVE:
-        observer.declare(distribution, observed, weight)
+#: Those that watch now, the innermost last.
+ACTIVE: list[Observer] = []
 
 
 class Observer(TorchFunctionMode):
@@ -140,13 +115,13 @@ class Observer(TorchFunctionMode):
             # Compiled code would hide its calls; the unobserved steps still run compiled.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
         self._contexts.enter_context(watching_log_prob(self._log_prob))
-        _ACTIVE.append(self)
+        ACTIVE.append(self)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exc: Any) -> None:
         """Stop watching; the hooks on the losses stay until the backward pass has fired them."""
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        _ACTIVE.remove(self)
+        ACTIVE.remove(self)
         self._contexts.close()
 
     def restart(self) -> Observation:
@@ -221,31 +196,42 @@ class Observer(TorchFunctionMode):
         return result
 
     def declare(
-        self, distribution: Distribution, observed: Tensor, weight: Tensor | float | None
-    ) -> None:
-        """Take note of a prediction that the user declares; see the function of that name."""
-        call = read_log_prob(distribution, observed)
-        if call is None:
-            raise LikelihoodError(
-                f"declare() was given a {type(distribution).__name__} that no trained parameter "
-                "enters or that has no `sample`. Usual cause: its arguments were detached, or "
-                "computed under torch.no_grad(). Make it of the model's outputs."
-            )
-        mark = self.observation.tape.mark(call.predictions)
+        self,
+        loss: Tensor,
+        distribution: Distribution,
+        observed: Tensor,
+        weight: Tensor | float | None,
+    ) -> bool:
+        """Take a distribution for what the model predicts, whatever the loss was computed of.
+
+        Returns:
+            False if the loss or the distribution does not depend on the model.
+        """
+        observation = self.observation
+        call, place = read_log_prob(distribution, observed), observation.tape.place(loss)
+        if call is None or place is None or not loss.requires_grad:
+            return False
+        mark = observation.tape.mark(call.predictions)
         with torch.no_grad(), self.paused():
-            shape = distribution.log_prob(observed).shape
-            one = torch.ones(shape, device=call.predictions[0].device)
+            one = call.predictions[0].new_ones(distribution.log_prob(observed).shape)
             weights = one / one.numel() if weight is None else weight * one
-        self.observation.declared.append((replace(call, shape=shape), mark, weights))
+            observation.tape.score(loss)
+        call = replace(call, shape=one.shape)
+        memory = observation.tape.upstream(place)
+        observation.silenced |= memory
+        observation.claimed |= memory
+        self._on_gradient(loss, lambda g: self._score(observation, call, mark, g * weights))
+        return True
 
     def _watch_loss(self, loss: ScoredCall, mark: Mark, value: Tensor) -> None:
         observation = self.observation
         observation.recognised += 1
         with self.paused():
             observation.tape.score(value)
+        place = observation.tape.place(value)
 
         def on_gradient(gradient: Tensor) -> None:
-            if not observation.declared:
+            if place is None or not observation.tape.memory(place) <= observation.silenced:
                 self._score(observation, loss, mark, gradient)
 
         self._on_gradient(value, on_gradient)
@@ -258,10 +244,6 @@ class Observer(TorchFunctionMode):
 
         def on_gradient(gradient: Tensor) -> None:
             if not observation.claim(place):
-                return
-            for call, mark, weights in observation.declared:
-                self._score(observation, call, mark, gradient * weights)
-            if observation.declared:
                 return
             tail, loss = self._own_loss(observation, place)
             if tail is not None and loss is not None:
@@ -343,7 +325,6 @@ class Observer(TorchFunctionMode):
             self._sink.add_gradient_scores(
                 [(p, score) for p, score in gradients if score is not None], 1 / self._draws
             )
-
 
     @contextmanager
     def _differentiation(self, on: bool) -> Iterator[None]:

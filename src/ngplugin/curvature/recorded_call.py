@@ -20,6 +20,8 @@ class Slot(int):
 
 @dataclass(frozen=True)
 class RecordedCall:
+    """A function, what it was given and what it made."""
+
     function: Callable[..., Any]
     args: tuple[Any, ...]  # tensors made by earlier calls are slots
     kwargs: dict[str, Any]
@@ -60,6 +62,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def slots_in(tree: Any) -> list[Slot]:
+    """Each slot in nested tuples, lists and dicts, in order."""
     found: list[Slot] = []
     map_tensors(lambda leaf: found.append(leaf) if type(leaf) is Slot else None, tree)
     return found

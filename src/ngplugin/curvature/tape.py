@@ -76,9 +76,7 @@ class Tape:
         layers: the functions that apply a layer's weights.
     """
 
-    def __init__(
-        self, parameters: Sequence[Tensor], layers: Collection[Callable[..., Any]] = ()
-    ) -> None:
+    def __init__(self, parameters: Sequence[Tensor], layers: Collection[Any] = ()) -> None:
         self._layers = layers
         self._parameters = {id(p): p for p in parameters}
         self._device = parameters[0].device if parameters else torch.device("cpu")
@@ -151,9 +149,7 @@ class Tape:
         )
         return result
 
-    def _entry(
-        self, function: Callable[..., Any], inputs: Sequence[Tensor], result: Any
-    ) -> Entry:
+    def _entry(self, function: Callable[..., Any], inputs: Sequence[Tensor], result: Any) -> Entry:
         weights = [
             t for t in inputs if id(t) in self._parameters or self._slots.get(t) in self._alone
         ]
@@ -173,10 +169,12 @@ class Tape:
         return "layer" if any(t.dim() > 1 for t in weights) else "beside"
 
     def score(self, value: Tensor) -> None:
-        """Note that the last call returned the value of a loss that is accounted for."""
+        """Note that a value is that of a loss which is accounted for."""
         if value in self._slots:
-            self._scored[len(self._calls) - 1] = value.detach().clone()
-            self._alone.discard(self._slots[value])
+            slot = self._slots[value]
+            last = max(i for i, call in enumerate(self._calls) if slot in call.touched)
+            self._scored[last] = value.detach().clone()
+            self._alone.discard(slot)
 
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
@@ -234,6 +232,10 @@ class Tape:
         """Where a value is; None if it was not computed on the tape."""
         return Mark(len(self._calls), (self._slots[value],)) if value in self._slots else None
 
+    def memory(self, mark: Mark) -> set[int]:
+        """The marked tensors' own memory, named by its first slot."""
+        return {self._alias[s] for s in slots_in(mark.tensors)}
+
     def upstream(self, mark: Mark) -> set[int]:
         """All memory, named by its first slot, that the marked tensors depend on."""
         calls = [call for _, call in self._needed_calls([mark])]
@@ -251,7 +253,7 @@ class Tape:
         written = {
             self._alias[s] for call in self._calls if call.entry in stops for s in call.touched
         }
-        needed = {self._alias[s] for s in slots_in(value.tensors)}
+        needed = self.memory(value)
         outputs: dict[Any, Tensor] = {}  # by slot, or by id where no call made them
         fixed: dict[int, Tensor] = {}
         between: list[tuple[int, RecordedCall]] = []

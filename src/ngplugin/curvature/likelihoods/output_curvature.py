@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,9 +65,9 @@ class OutputCurvature:
     small and if a random product confirms that rows are independent. What remains gets the
     diagonal, estimated from a few products (Hutchinson).
 
-    A loss that is straight in an output has no curvature there but may well have a slope g, such as
-    the absolute error. Such rows get the *empirical* g gᵀ, scaled so that the step to the minimum
-    of the quadratic model would halve their number's share of the loss.
+    A loss may have a slope g along which it is straight: the absolute error, a norm. A row gets the
+    *empirical* κ g gᵀ of that part of its slope, with one κ for all rows: such that a Newton step
+    would take the loss itself away, as it does from a sum of squares.
 
     Args:
         loss: of the outputs; evaluated once, and differentiated.
@@ -77,12 +77,10 @@ class OutputCurvature:
     Attributes:
         value: of the loss.
         slopes: g, one tensor an output.
-        straight: the share of rows with a slope that have no curvature, in [0, 1].
+        straight: the share of rows with a slope that is for the most part straight, in [0, 1].
     """
 
-    def __init__(
-        self, loss: Loss, outputs: Sequence[Tensor], generator: torch.Generator
-    ) -> None:
+    def __init__(self, loss: Loss, outputs: Sequence[Tensor], generator: torch.Generator) -> None:
         self.outputs = [t.detach() for t in outputs]
         leaves = [t.detach().requires_grad_() for t in outputs]
         with torch.enable_grad():
@@ -99,11 +97,10 @@ class OutputCurvature:
             values, vectors = product.rows(members, widths)
             group = _Rows(members, widths, values, vectors)
             g = _Rows(members, widths, values, None).gather(self.slopes)
-            group, bent = _with_empirical(group, g, scale)
+            group, slope, flat = _with_empirical(group, g, scale)
             self._groups.append(group)
-            has_slope = (g != 0).any(1) if vectors is not None else g != 0
-            sloping += int(has_slope.sum())
-            straight += int((has_slope & ~bent).sum())
+            sloping += int(slope.sum())
+            straight += int((slope & flat).sum())
         self.straight = straight / sloping if sloping else 0.0
 
     def _loss_scale(self) -> float:
@@ -111,7 +108,8 @@ class OutputCurvature:
 
         The second keeps it from vanishing where a loss of either sign passes zero.
         """
-        linear = sum(float((g * z).abs().sum()) for g, z in zip(self.slopes, self.outputs))
+        pairs = zip(self.slopes, self.outputs, strict=True)
+        linear = sum(float((g * z).abs().sum()) for g, z in pairs)
         return max(abs(float(self.value)), 0.1 * linear)
 
     def root(self, generator: torch.Generator) -> list[Tensor]:
@@ -135,8 +133,7 @@ class OutputCurvature:
         parts = []
         for group in self._groups:
             g = group.gather(self.slopes)
-            least = 1e-6 * group.values.amax(-1, keepdim=True)
-            of_row = torch.where(group.values > least, g.square() / group.values, 0.0)
+            of_row = torch.where(group.values > 0, g.square() / group.values, 0.0)
             if group.vectors is not None:
                 of_row = of_row.sum(1)
             most = _MOST_OF_ROW * of_row[of_row > 0].median() if of_row.any() else 0.0
@@ -144,30 +141,44 @@ class OutputCurvature:
         return torch.stack(parts).sum()
 
 
-def _with_empirical(group: _Rows, g: Tensor, scale: float) -> tuple[_Rows, Tensor]:
-    """Give rows without curvature κ g gᵀ, with Σ gᵀ(κ g gᵀ)⁺g = 2 · scale; and which are bent."""
-    if group.vectors is None:  # a row is an element
-        bent = group.values > 0
-        straight = ~bent & (g != 0)
-        kappa = straight.sum() / (2 * scale) if scale > 0 else 0.0
-        values = torch.where(straight, kappa * g.square(), group.values)
-        return _Rows(group.members, group.widths, values, None), bent
-    bent = (group.values > 0).any(1)
-    straight = ~bent & (g != 0).any(1)  # [rows]
-    if not straight.any():
-        return group, bent
-    kappa = straight.sum() / (2 * scale) if scale > 0 else torch.zeros(())
-    length = g.norm(dim=1, keepdim=True)  # [rows, 1]
-    # Householder: an orthogonal matrix whose first column is ±g/|g|.
-    u = g / length.clamp_min(torch.finfo(g.dtype).tiny)
-    u[:, 0] += torch.where(u[:, 0] >= 0, 1.0, -1.0)
-    I = torch.eye(g.shape[1], dtype=g.dtype, device=g.device)
-    H = I - 2 * u[:, :, None] * u[:, None, :] / u.square().sum(1)[:, None, None]
-    only = torch.zeros_like(group.values)
-    only[:, :1] = kappa * length.square()
-    values = torch.where(straight[:, None], only, group.values)
-    vectors = torch.where(straight[:, None, None], H, group.vectors)
-    return _Rows(group.members, group.widths, values, vectors), bent
+def _with_empirical(group: _Rows, g: Tensor, scale: float) -> tuple[_Rows, Tensor, Tensor]:
+    """Add κ g₀ g₀ᵀ to every row, with g₀ the part of its slope along which it is straight.
+
+    Args:
+        group: of outputs.
+        g: their slopes, `[rows, features]`.
+        scale: Σ g₀ᵀ(κ g₀ g₀ᵀ)⁺g₀ is to be twice this.
+
+    Returns:
+        The group, and for each row (without vectors: each element) whether it has a slope and
+        whether most of it is straight.
+    """
+    if group.vectors is None:
+        slope, rest = g.square(), torch.where(group.values > 0, 0.0, g.square())
+    else:
+        along = (group.vectors.mT @ g[:, :, None])[:, :, 0]  # in the basis of the eigenvectors
+        g0 = torch.where(group.values > 0, 0.0, along)
+        slope, rest = along.square().sum(1), g0.square().sum(1)
+    # The square of what rounding leaves of a slope is no part of it.
+    straight = rest > torch.finfo(g.dtype).eps * slope
+    values, vectors = group.values, group.vectors
+    if scale > 0 and straight.any():
+        kappa = straight.sum() / (2 * scale)
+        if vectors is None:
+            values = values + kappa * rest
+        else:
+            g0 = torch.where(straight[:, None], g0, 0.0)
+            H = torch.diag_embed(values) + kappa * g0[:, :, None] * g0[:, None, :]
+            values, turned = torch.linalg.eigh(H)
+            values, vectors = _positive(values), vectors @ turned
+    return replace(group, values=values, vectors=vectors), slope > 0, rest > 0.5 * slope
+
+
+def _positive(eigenvalues: Tensor) -> Tensor:
+    """Their absolute values; zero where only rounding keeps one from it; `[rows, features]`."""
+    values = eigenvalues.abs()
+    noise = torch.finfo(values.dtype).eps ** 0.5 * values.amax(1, keepdim=True)
+    return torch.where(values > noise, values, 0.0)
 
 
 class _Products:
@@ -178,11 +189,11 @@ class _Products:
     ) -> None:
         self._slopes, self._leaves, self._generator = slopes, leaves, generator
         signs = [self._signs(range(len(leaves))) for _ in range(2)]
-        self._probes = [
-            [v * h for v, h in zip(vs, self._times(vs), strict=True)] for vs in signs
-        ]
+        self._probes = [[v * h for v, h in zip(vs, self._times(vs), strict=True)] for vs in signs]
 
-    def rows(self, members: tuple[int, ...], widths: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    def rows(
+        self, members: tuple[int, ...], widths: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None]:
         """|H| of a group of outputs: eigenvalues and vectors, or the diagonal and None."""
         joined = [
             torch.cat([probe[i].reshape(-1, w) for i, w in zip(members, widths, strict=True)], 1)
@@ -195,10 +206,7 @@ class _Products:
             H = self._full(members, widths, rows)
             if H is not None:
                 values, vectors = torch.linalg.eigh(H)
-                values = values.abs()
-                # What rounding leaves of a zero eigenvalue is no curvature.
-                noise = features * torch.finfo(H.dtype).eps * values.amax(1, keepdim=True)
-                return torch.where(values > noise, values, 0.0), vectors
+                return _positive(values), vectors
         for _ in range(_PROBES - len(self._probes)):
             vs = self._signs(members)
             hs = self._times(vs)
@@ -210,9 +218,7 @@ class _Products:
             )
         return torch.stack(joined).mean(0).abs(), None
 
-    def _full(
-        self, members: tuple[int, ...], widths: tuple[int, ...], rows: int
-    ) -> Tensor | None:
+    def _full(self, members: tuple[int, ...], widths: tuple[int, ...], rows: int) -> Tensor | None:
         """The Hessian of every row, `[rows, features, features]`; None if rows meet."""
 
         def columns(vectors: Sequence[Tensor]) -> Tensor:
@@ -242,9 +248,13 @@ class _Products:
         curved = [i for i, g in enumerate(self._slopes) if g.requires_grad]
         if not curved:
             return [torch.zeros_like(t) for t in self._leaves]
-        return _derivatives(
-            [self._slopes[i] for i in curved], self._leaves, [vectors[i] for i in curved]
-        )
+        try:
+            return _derivatives(
+                [self._slopes[i] for i in curved], self._leaves, [vectors[i] for i in curved]
+            )
+        except RuntimeError:  # torch has no second derivative of some function, such as ctc_loss
+            self._slopes = [g.detach() for g in self._slopes]
+            return [torch.zeros_like(t) for t in self._leaves]
 
 
 def _derivatives(
@@ -257,13 +267,11 @@ def _derivatives(
     found = torch.autograd.grad(
         values, leaves, vectors, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
-    return [
-        torch.zeros_like(t) if d is None else d for d, t in zip(found, leaves, strict=True)
-    ]
+    return [torch.zeros_like(t) if d is None else d for d, t in zip(found, leaves, strict=True)]
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    return bool(((a - b).abs().max() <= _ALIKE * torch.maximum(a.abs().max(), b.abs().max())))
+    return bool((a - b).abs().max() <= _ALIKE * torch.maximum(a.abs().max(), b.abs().max()))
 
 
 def _width(t: Tensor) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction, random_signs
+from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction
 from ngplugin.curvature.likelihoods.loss_call import ScoredCall
 from ngplugin.curvature.likelihoods.output_curvature import OutputCurvature
 
