@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from ngplugin.curvature.block_choice import BlockRule
 from ngplugin.curvature.blocks import (
     Block,
     DiagonalBlock,
@@ -133,9 +134,10 @@ def observe(
     seed: int = 0,
     diagonal: bool = False,
     fisher: Fisher | None = None,
+    rule: BlockRule | None = None,
 ) -> tuple[Fisher, Observation]:
     """F/Σw of one observed objective, folded, in units of unit dispersion."""
-    fisher = fisher or Fisher(diagonal)
+    fisher = fisher or Fisher(BlockRule("diagonal") if diagonal else rule)
     fisher.parameters = [*parameters]
     observer = Observer(parameters, fisher, True, kind, draws, generator(seed))
     with observer:
@@ -167,13 +169,13 @@ def kronecker_places(block: KroneckerBlock) -> list[Tensor]:
 def dense_average(block: Block) -> Tensor:
     """The block's present average of F/Σw as a matrix over its flattened parameters."""
     if isinstance(block, DiagonalBlock):
-        return torch.diag(block._average.value.reshape(-1))
+        return torch.diag(block.average("F").reshape(-1))
     if isinstance(block, UnitBlock):
-        return units_dense(block._average.value)
+        return units_dense(block.average("F"))
     if isinstance(block, HalfDiagonalBlock):
-        return torch.kron(torch.diag(block._average_D.value), block._average_S.value)
+        return torch.kron(torch.diag(block.average("G")[0]), block.average("A")[0])
     assert isinstance(block, KroneckerBlock)
-    return kronecker_dense(block, block._average_A.value, block._average_G.value)
+    return kronecker_dense(block, block.average("A"), block.average("G"))
 
 
 def units_dense(units: Tensor) -> Tensor:
@@ -197,31 +199,31 @@ def dense_damped(
 ) -> Tensor:
     """The damped matrix from the average, by the formulas of the documentation."""
     if isinstance(block, DiagonalBlock):
-        F, n = dense_average(block), block._average.effective_count
+        F, n = dense_average(block), block.effective_count("F")
         more = (value + sampling / n) * F.diagonal().mean() if mode == "relative" else value
         return F + more * torch.eye(len(F), dtype=F.dtype)
     if isinstance(block, UnitBlock):
-        F, n = dense_average(block), block._average.effective_count
-        own = block._average.value.diagonal(dim1=1, dim2=2).mean(1).repeat(2)
+        F, n = dense_average(block), block.effective_count("F")
+        own = block.average("F").diagonal(dim1=1, dim2=2).mean(1).repeat(2)
         more = value * own.mean() + 2 * sampling / n * own if mode == "relative" else value
         return F + more * torch.eye(len(F)).to(F)
     if isinstance(block, HalfDiagonalBlock):
-        D, S = torch.diag(block._average_D.value), block._average_S.value
+        D, S = torch.diag(block.average("G")[0]), block.average("A")[0]
         tr_d, tr_s = D.trace() / len(D), S.trace() / len(S)
         if mode == "relative":
-            n = block._average_D.effective_count * block._average_rows.value
+            n = float(block.effective_count("G") * block.average("rows"))
             more_d, more_s = value * tr_d, (value + sampling * len(S) / n) * tr_s
         else:
             pi = (tr_d / tr_s).sqrt()
             more_d, more_s = pi * value**0.5, value**0.5 / pi
-        more_d = more_d + block._average_row.value
+        more_d = more_d + block.average("row").reshape(())
         return torch.kron(
             D + more_d * torch.eye(len(D)).to(D), S + more_s * torch.eye(len(S)).to(S)
         )
     assert isinstance(block, KroneckerBlock)
     damped = []
-    A, G = block._average_A.value, block._average_G.value
-    rows = block._average_A.effective_count * block._average_rows.value.reshape(-1)
+    A, G = block.average("A"), block.average("G")
+    rows = block.effective_count("A") * block.average("rows").reshape(-1)
     for a, g, n in zip(A, G, rows, strict=True):
         tr_a, tr_g = a.trace() / len(a), g.trace() / len(g)
         if mode == "relative":

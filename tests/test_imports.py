@@ -22,6 +22,7 @@ FLOORS = [
         "curvature.composites",
     },
     {"curvature.blocks", "curvature.observe"},
+    {"curvature.block_choice"},
     {"curvature.fisher", "curvature.objective"},
     {"curvature"},
     {

@@ -179,7 +179,7 @@ def test_burn_in_gathers_statistics_and_moves_nothing():
     train(model, optimizer, 14)
     assert torch.equal(flat([*model.parameters()]), start)
     (block, *_) = optimizer._engine.fisher.blocks
-    assert block._average_G.effective_count > 10  # 14 statistics, not the ten of the first steps
+    assert block.effective_count("G") > 10  # 14 statistics, not the ten of the first steps
     assert optimizer.report.step_scale == 0
     train(model, optimizer, 1)
     assert not torch.equal(flat([*model.parameters()]), start)
@@ -523,7 +523,7 @@ def test_the_empirical_fisher_is_the_squared_gradient_over_the_sum_of_squared_we
     train(model, optimizer, 1, loss=lambda z, y: 2 * F.cross_entropy(z, y) + (extra**2).sum())
     block = optimizer._engine.fisher.block(extra)
     # 24 terms that weigh 2/24 each.
-    torch.testing.assert_close(block._average.value, extra.grad**2 / (24 * (2 / 24) ** 2))
+    torch.testing.assert_close(block.average("F"), extra.grad**2 / (24 * (2 / 24) ** 2))
 
 
 def test_the_coverage_names_every_parameter_and_counts_a_shared_block_once():

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from ngplugin.curvature.block_choice import BlockRule
 from ngplugin.curvature.blocks import DampingMode
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping, as_schedule
@@ -64,6 +65,10 @@ class Options:
         check_count("spectrum_every", self.spectrum_every, low=1)
         check_count("burn_in", self.burn_in, low=0)
         check_count("seed", self.seed, low=0)
+
+    def block_rule(self) -> BlockRule:
+        """How blocks are to be chosen; `"identity"` has blocks only to bound its steps."""
+        return BlockRule("auto" if self.structure == "identity" else self.structure)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -43,6 +43,10 @@ class RunningAverage:
         assert self._sum is not None
         return self._sum / self._weight
 
+    def numel(self) -> int:
+        """How many numbers are kept."""
+        return 0 if self._sum is None else self._sum.numel()
+
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers."""
         return {"sum": self._sum, "weight": self._weight, "squares": self._squares}
