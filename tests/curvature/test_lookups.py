@@ -84,6 +84,7 @@ def test_the_block_is_the_kronecker_block_of_one_hot_inputs():
     torch.testing.assert_close(torch.diag(ours.average("G")[0]), theirs.average("A")[0])
     torch.testing.assert_close(ours.average("A")[0], theirs.average("G")[0])
     assert looked_up.reason(weight) == "weight of embedding"
+    looked_up.refresh(BlockDamping(0.1))
     assert ours.numel() == 2 * 6 + 3 * 3**2 + 4  # two dampings, two counts
 
 

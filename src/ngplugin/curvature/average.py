@@ -32,6 +32,11 @@ class RunningAverage:
         self._weight = decay * self._weight + (1 - decay)
         self._squares = decay**2 * self._squares + (1 - decay) ** 2
 
+    def replace(self, value: Tensor, like: RunningAverage) -> None:
+        """Become `value`, with the memory of another average: as if made of its statistics."""
+        self._sum = value * like._weight
+        self._weight, self._squares = like._weight, like._squares
+
     @property
     def effective_count(self) -> float:
         """How many equally weighted values would vary as little: (Σ w)²/Σ w²."""

@@ -12,16 +12,19 @@ from torch import Tensor
 from ngplugin.curvature.blocks import (
     Block,
     DiagonalBlock,
+    EigenBlock,
     GradientBlock,
+    GradientKroneckerBlock,
     HalfDiagonalBlock,
     KroneckerBlock,
     MapBlock,
     UnitBlock,
+    WeightSharing,
 )
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
-#: The structure of the Fisher matrix where a linear map is known.
-BlockStructure = Literal["auto", "kronecker", "diagonal"]
+#: What is kept of the Fisher matrix of a parameter, where there is a choice.
+BlockStructure = Literal["auto", "kronecker", "eigen", "diagonal"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +32,14 @@ class BlockRule:
     """What a user may say about the choice of blocks.
 
     Attributes:
-        structure: `"diagonal"`: diagonal everywhere; otherwise by the maps.
+        structure: `"kronecker"` or `"eigen"`: that block for the weights of maps; `"auto"`: at
+            present the first; `"diagonal"`: a diagonal for every parameter.
+        weight_sharing: how the rows of an example that share a weight count; see `KroneckerBlock`.
         max_factor: a Kronecker factor of a larger size is kept as its diagonal.
     """
 
     structure: BlockStructure = "auto"
+    weight_sharing: WeightSharing = "expand"
     max_factor: int = 8192
 
 
@@ -106,10 +112,25 @@ class BlockChoice:
 
     def unseen(self, parameter: Tensor) -> GradientBlock:
         """Give a parameter a block that a score reaches through no map that is known."""
-        block = DiagonalBlock(parameter)
-        use = self._use.get(id(parameter), "used by no linear map that is known")
-        self.settle(block, [use])
+        use = self._use.get(id(parameter))
+        block = self._gradient_block(parameter, elementwise=use is not None)
+        self.settle(block, [(use or "used by no linear map that is known") + block.note()])
         return block
+
+    def _gradient_block(self, parameter: Tensor, elementwise: bool) -> GradientBlock:
+        """A block for a parameter of which only the sampled gradient is known.
+
+        Args:
+            parameter: the parameter.
+            elementwise: it scales or offsets each feature by itself, so no factorization holds.
+        """
+        if (
+            self._rule.structure == "diagonal"
+            or elementwise
+            or not GradientKroneckerBlock.suits(parameter)
+        ):
+            return DiagonalBlock(parameter)
+        return GradientKroneckerBlock(parameter, self._rule.max_factor)
 
     def _pair(self, norms: Sequence[NormCall]) -> None:
         """Give scale and offset one block, where each is used with no other."""
@@ -156,8 +177,8 @@ class BlockChoice:
             block = self._map_block(maps, old, shared)
         reasons = [reason + block.note()]
         if not all(block.takes(call) for call in calls):
-            block = DiagonalBlock(weight)
-            reasons = [f"{reason}, which no one block can hold"]
+            block = self._gradient_block(weight, elementwise=False)
+            reasons = [f"{reason}, which no one map's block can hold{block.note()}"]
         elif len(block.parameters) > 1:
             reasons.append(f"bias of {calls[0].kind}, an input of value 1")
         self.settle(block, reasons)
@@ -170,12 +191,14 @@ class BlockChoice:
         groups = math.lcm(*(call.groups for call in calls))
         if isinstance(old, KroneckerBlock):
             groups = math.lcm(groups, old.groups)
-        return KroneckerBlock(
+        kind = EigenBlock if self._rule.structure == "eigen" else KroneckerBlock
+        return kind(
             first.weight,
             self._joining_bias(first, shared),
             groups,
             first.inputs_first,
             self._rule.max_factor,
+            self._rule.weight_sharing,
         )
 
     def _joining_bias(self, call: MapCall, shared: set[int]) -> Tensor | None:

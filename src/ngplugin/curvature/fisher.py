@@ -45,7 +45,8 @@ class Fisher:
     """A block-diagonal Fisher matrix, built up from scores; all in units of F/Σw.
 
     The weight of each linear map that is known gets a Kronecker block, scale and offset of a
-    normalization a unit-wise one, every other parameter a diagonal one; see `BlockChoice`.
+    normalization a unit-wise one, every other matrix a gradient-Kronecker one, and the rest
+    diagonals; see `BlockChoice`.
 
     Args:
         rule: what was asked for.

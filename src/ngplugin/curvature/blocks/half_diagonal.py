@@ -86,9 +86,9 @@ class HalfDiagonalBlock(KroneckerProductBlock, MapBlock):
             "row": row.reshape(1, 1, 1) / trace,  # what one looked-up row counts in D
         }
 
-    def _sample_sizes(self) -> tuple[float | Tensor, float | Tensor]:
+    def _sample_sizes(self, A: Tensor, G: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """That of S; the one row more takes the place of D's sampling damping."""
-        rows, _ = super()._sample_sizes()
+        rows, _ = super()._sample_sizes(A, G)
         return rows, float("inf")
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from ngplugin.curvature.blocks.factor import mean_eigenvalue, second_moment
 from ngplugin.curvature.blocks.kronecker_product import KroneckerProductBlock
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
 from ngplugin.curvature.taps import LookupCall, MapCall
+
+#: How rows that share a weight, the tokens or pixels of an example, count.
+WeightSharing = Literal["expand", "reduce"]
 
 
 class KroneckerBlock(KroneckerProductBlock, MapBlock):
@@ -26,8 +29,16 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
     with squared loss). A row that carries no score, a masked example or padding, says nothing
     about F and is left out of A too.
 
-    Rows that share the weight are treated as if they were independent (*expand*,
-    arXiv:2311.00636).
+    The rows of one example n that share the weight, its tokens or pixels t, are either treated as
+    if they were independent (*expand*, as above), or all inputs of an example as one, its mean, and
+    all scores as one, their sum (*reduce*):
+
+        A = mean of ā_n ā_nᵀ over the examples, ā_n = mean_t a_nt,   G = Σ_n ĝ_n ĝ_nᵀ / Σw,
+        ĝ_n = Σ_t g_nt.
+
+    *Expand* is exact for a deep linear network each of whose rows has a loss of its own, *reduce*
+    for one whose rows are summed or averaged before the loss (Eschenhagen et al. 2023,
+    arXiv:2311.00636, §3.2, §3.3). An example is one place along the first axis of a map's input.
 
     Args:
         weight: the parameter.
@@ -35,6 +46,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         groups: number of independent maps that the weight is.
         inputs_first: the weight is `[group, in, out]` in memory.
         max_factor: a factor of a larger size keeps its diagonal only.
+        weight_sharing: see above.
 
     Source: Martens & Grosse 2015 (arXiv:1503.05671) §3, §6.3 for the damping; Grosse & Martens
     2016 (arXiv:1602.01407) §3 for convolutions.
@@ -49,6 +61,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         groups: int = 1,
         inputs_first: bool = False,
         max_factor: int = 8192,
+        weight_sharing: WeightSharing = "expand",
     ) -> None:
         layout = MatrixLayout(weight, bias, groups, inputs_first)
         super().__init__([weight] if bias is None else [weight, bias], layout)
@@ -56,6 +69,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         self.groups = groups
         self.inputs_first = inputs_first
         self.max_factor = max_factor
+        self.weight_sharing = weight_sharing
 
     def note(self) -> str:
         """Which factors are diagonals, for their size."""
@@ -67,6 +81,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
             "groups": self.groups,
             "inputs_first": self.inputs_first,
             "max_factor": self.max_factor,
+            "weight_sharing": self.weight_sharing,
         }
 
     def takes(self, call: MapCall | LookupCall) -> bool:
@@ -106,7 +121,11 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
             share: of the draw.
             first: the first of the groups that there are rows of.
         """
-        a, g, counted = (t.flatten(1, 2) for t in (a, g, counted))
+        if self.weight_sharing == "reduce":
+            a = a.sum(2) / counted.sum(2).clamp_min(1)  # [group, example, in], as the next two
+            g, counted = g.sum(2), counted.amax(2)
+        else:
+            a, g, counted = (t.flatten(1, 2) for t in (a, g, counted))  # [group, row, d]
         self._add_groups("A", second_moment(a, self._layout.inputs > self.max_factor), share, first)
         self._add_groups(
             "G", second_moment(g, self._layout.outputs > self.max_factor), share, first

@@ -38,7 +38,7 @@ class KroneckerProductBlock(AveragedBlock):
         """A and G by the averages, `[group, d, d]` or their diagonals `[group, d]`."""
         return self.average("A"), self.average("G")
 
-    def _sample_sizes(self) -> tuple[float | Tensor, float | Tensor]:
+    def _sample_sizes(self, A: Tensor, G: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """How many independent rows A and G effectively rest on; `[group, 1, 1]` or numbers."""
         rows = self.effective_count("A") * self.average("rows")
         return rows, rows
@@ -91,7 +91,7 @@ class KroneckerProductBlock(AveragedBlock):
     ) -> tuple[float | Tensor, float | Tensor]:
         """ε_A and ε_G of relative damping."""
         shares = []
-        for matrix, n in zip((A, G), self._sample_sizes(), strict=True):
+        for matrix, n in zip((A, G), self._sample_sizes(A, G), strict=True):
             size = 1 if is_diagonal(matrix) else matrix.shape[-1]
             n = n.clamp_min(1) if isinstance(n, Tensor) else max(n, 1.0)
             shares.append(damping.value + damping.sampling * size / n)
