@@ -7,6 +7,8 @@ from torch import nn
 from ngplugin.curvature.blocks import (
     BlockDamping,
     DiagonalBlock,
+    EigenBlock,
+    GradientKroneckerBlock,
     HalfDiagonalBlock,
     KroneckerBlock,
     UnitBlock,
@@ -25,25 +27,41 @@ DAMPINGS = [
 ]
 
 
-def kronecker(layout, bias=True, steps=3):
+def kronecker(layout, bias=True, steps=3, kind=KroneckerBlock, **options):
     """A block after a few statistics of different batch sizes, decay 0.8."""
-    if layout in ("linear", "widening"):
-        out, into = {"linear": (3, 5), "widening": (7, 3)}[layout]
+    if layout in ("linear", "widening", "tokens"):
+        out, into = {"linear": (3, 5), "widening": (7, 3), "tokens": (3, 5)}[layout]
         weight = nn.Parameter(randn(out, into))
-        inputs = [randn(4 + i, into, seed=i) for i in range(steps)]
-        function, options, groups = F.linear, {}, 1
+        shared = (3,) if layout == "tokens" else ()
+        inputs = [randn(4 + i, *shared, into, seed=i) for i in range(steps)]
+        function, keywords, groups = F.linear, {}, 1
     else:
         groups = {"conv2d": 1, "grouped": 2}[layout]
         weight = nn.Parameter(randn(4, 4 // groups, 2, 2))
         inputs = [randn(2 + i, 4, 3, 4, seed=i) for i in range(steps)]
-        function, options = F.conv2d, {"groups": groups}
+        function, keywords = F.conv2d, {"groups": groups}
     offset = nn.Parameter(randn(weight.shape[0])) if bias else None
-    block = KroneckerBlock(weight, offset, groups)
+    block = kind(weight, offset, groups, **options)
     for i, x in enumerate(inputs):
-        output = function(x, weight, offset, **options)
-        call = read_map_call(function, (x, weight, offset), options)
+        output = function(x, weight, offset, **keywords)
+        call = read_map_call(function, (x, weight, offset), keywords)
         block.add_map_score(call, randn(*output.shape, seed=20 + i), 1.0)
         assert block.fold(5.0 + i, 0.8)
+        if kind is EigenBlock:  # whose eigenvalues are measured along eigenvectors
+            assert block.refresh(BlockDamping(0.5))
+    return block
+
+
+def eigen(layout, **options):
+    return kronecker(layout, kind=EigenBlock, **options)
+
+
+def gradient_kronecker(shape=(3, 1, 2, 2), **options):
+    block = GradientKroneckerBlock(nn.Parameter(randn(*shape)), **options)
+    for i in range(3):
+        for draw in range(2):
+            block.add_gradient_scores([randn(*shape, seed=2 * i + draw)], 0.5)
+        assert block.fold(2.0, 0.8)
     return block
 
 
@@ -86,6 +104,19 @@ BLOCKS = {
     "conv2d": lambda: kronecker("conv2d"),
     "grouped conv2d": lambda: kronecker("grouped"),
     "grouped conv2d without bias": lambda: kronecker("grouped", bias=False),
+    "tokens, reduced": lambda: kronecker("tokens", weight_sharing="reduce"),
+    "linear with many inputs": lambda: kronecker("linear", max_factor=4),
+    "linear with many outputs": lambda: kronecker("widening", max_factor=4),
+    "grouped conv2d with many inputs": lambda: kronecker("grouped", max_factor=4),
+    "eigen": lambda: eigen("linear"),
+    "eigen without bias": lambda: eigen("linear", bias=False),
+    "eigen conv2d": lambda: eigen("conv2d"),
+    "eigen grouped conv2d": lambda: eigen("grouped"),
+    "eigen, reduced": lambda: eigen("tokens", weight_sharing="reduce"),
+    "eigen with many inputs": lambda: eigen("grouped", max_factor=4),
+    "gradient-kronecker": gradient_kronecker,
+    "gradient-kronecker with one long side": lambda: gradient_kronecker(max_factor=3),
+    "gradient-kronecker with long sides": lambda: gradient_kronecker(max_factor=2),
     "diagonal": diagonal,
     "unit-wise": unit,
     "embedding": lambda: half_diagonal(tied=False),
@@ -98,9 +129,13 @@ every_damping = pytest.mark.parametrize("damping", DAMPINGS, ids=str)
 def statistic(block, factor):
     """Make the next fold's statistic the present average, but `factor` times as large."""
     averages = {name: block.average(name) for name in block._averages}
-    name = "F" if "F" in averages else "G"
+    name = next(name for name in ("F", "M", "G") if name in averages)
     block._added = averages
     block._statistic = lambda added, _: {**added, name: factor * added[name]}
+    if isinstance(block, GradientKroneckerBlock):  # either trace is that of F
+        block._statistic = lambda added, _: {
+            key: added[key] if key == "draws" else factor * added[key] for key in added
+        }
 
 
 def vectors(block, seed=50):
