@@ -9,13 +9,16 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
+from ngplugin.curvature.block_choice import BlockRule
 from ngplugin.curvature.blocks import (
     Block,
     DiagonalBlock,
+    EigenBlock,
+    GradientKroneckerBlock,
     HalfDiagonalBlock,
-    KroneckerBlock,
     UnitBlock,
 )
+from ngplugin.curvature.blocks.kronecker_product import KroneckerProductBlock
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.likelihoods import Bernoulli, Categorical, Gaussian, Likelihood
 from ngplugin.curvature.objective import ObjectiveWeight
@@ -134,9 +137,10 @@ def observe(
     seed: int = 0,
     diagonal: bool = False,
     fisher: Fisher | None = None,
+    rule: BlockRule | None = None,
 ) -> tuple[Fisher, Observation]:
     """F/Σw of one observed objective, folded, in units of unit dispersion."""
-    fisher = fisher or Fisher(diagonal)
+    fisher = fisher or Fisher(BlockRule("diagonal") if diagonal else rule)
     fisher.parameters = [*parameters]
     observer = Observer(parameters, fisher, True, kind, draws, generator(seed))
     with observer:
@@ -150,31 +154,16 @@ def observe(
     return fisher, observer.observation
 
 
-def kronecker_places(block: KroneckerBlock) -> list[Tensor]:
-    """For each group, where the row-major elements of its `[out, in]` matrix stand.
-
-    Places count over the block's parameters one after another: the weight, then the bias.
-    """
-    weight = block.parameters[0]
-    places = torch.arange(weight.numel()).reshape(block.groups, weight.shape[0] // block.groups, -1)
-    if block.inputs_first:
-        places = places.mT
-    if len(block.parameters) > 1:
-        bias = weight.numel() + torch.arange(weight.shape[0]).reshape(block.groups, -1, 1)
-        places = torch.cat([places, bias], 2)
-    return [group.reshape(-1) for group in places]
-
-
 def dense_average(block: Block) -> Tensor:
     """The block's present average of F/Σw as a matrix over its flattened parameters."""
     if isinstance(block, DiagonalBlock):
-        return torch.diag(block._average.value.reshape(-1))
+        return torch.diag(block.average("F").reshape(-1))
     if isinstance(block, UnitBlock):
-        return units_dense(block._average.value)
-    if isinstance(block, HalfDiagonalBlock):
-        return torch.kron(torch.diag(block._average_D.value), block._average_S.value)
-    assert isinstance(block, KroneckerBlock)
-    return kronecker_dense(block, block._average_A.value, block._average_G.value)
+        return units_dense(block.average("F"))
+    if isinstance(block, EigenBlock) and block.inverted:
+        return eigen_dense(block, block.average("M"))
+    assert isinstance(block, KroneckerProductBlock)
+    return kronecker_dense(block, *block._averaged_factors())
 
 
 def units_dense(units: Tensor) -> Tensor:
@@ -184,13 +173,54 @@ def units_dense(units: Tensor) -> Tensor:
     )
 
 
-def kronecker_dense(block: KroneckerBlock, A: Tensor, G: Tensor) -> Tensor:
-    """A ⊗ G; row-major vec(G V A) is (G ⊗ A) vec(V)."""
+def in_places(block: KroneckerProductBlock, matrices: Sequence[Tensor]) -> Tensor:
+    """A matrix over each group's `[out, in]` elements, row by row, put where these stand.
+
+    Places count over the block's parameters one after another: the weight, then the bias.
+    """
     size = sum(p.numel() for p in block.parameters)
-    M = torch.zeros(size, size, dtype=A.dtype)
-    for places, a, g in zip(kronecker_places(block), A, G, strict=True):
-        M[places[:, None], places] = torch.kron(g, a)
+    numbers = unflat(torch.arange(size), block.parameters)
+    M = torch.zeros(size, size, dtype=matrices[0].dtype)
+    for group, matrix in zip(block._layout.matrix(numbers, torch.int64), matrices, strict=True):
+        places = group.reshape(-1)
+        M[places[:, None], places] = matrix
     return M
+
+
+def kronecker_dense(block: KroneckerProductBlock, A: Tensor, G: Tensor) -> Tensor:
+    """A ⊗ G; row-major vec(G V A) is (G ⊗ A) vec(V)."""
+    A, G = (torch.diag_embed(X) if X.dim() == 2 else X for X in (A, G))
+    return in_places(block, [torch.kron(g, a) for a, g in zip(A, G, strict=True)])
+
+
+def eigen_dense(block: EigenBlock, M: Tensor) -> Tensor:
+    """Eigenvalues `[group, out, in]` along the present basis, as a matrix."""
+    U_A, U_G = (torch.diag_embed(U) if U.dim() == 2 else U.contiguous() for U in block._bases())
+    return in_places(
+        block,
+        [
+            torch.kron(g, a) @ torch.diag(m.reshape(-1)) @ torch.kron(g, a).T
+            for a, g, m in zip(U_A, U_G, M, strict=True)
+        ],
+    )
+
+
+def equal_eigenvalues(X: Tensor) -> Tensor:
+    """(tr X)² / tr X² of one matrix."""
+    eigenvalues = torch.linalg.eigvalsh(X)
+    return eigenvalues.sum() ** 2 / (eigenvalues**2).sum()
+
+
+def sample_sizes(block: KroneckerProductBlock) -> list[tuple[float, float]]:
+    """On how many rows A and G rest, for each group."""
+    A, G = block._averaged_factors()
+    count = block.effective_count("A")
+    if isinstance(block, GradientKroneckerBlock):
+        a, g = (torch.diag(X[0]) if X.dim() == 2 else X[0] for X in (A, G))
+        draws = count * float(block.average("draws"))
+        return [(draws * float(equal_eigenvalues(g)), draws * float(equal_eigenvalues(a)))]
+    rows = [count * float(n) for n in block.average("rows").reshape(-1)]
+    return [(n, torch.inf if isinstance(block, HalfDiagonalBlock) else n) for n in rows]
 
 
 def dense_damped(
@@ -198,43 +228,41 @@ def dense_damped(
 ) -> Tensor:
     """The damped matrix from the average, by the formulas of the documentation."""
     if isinstance(block, DiagonalBlock):
-        F, n = dense_average(block), block._average.effective_count
+        F, n = dense_average(block), block.effective_count("F")
         more = (value + sampling / n) * F.diagonal().mean() if mode == "relative" else value
         return F + more * torch.eye(len(F), dtype=F.dtype)
     if isinstance(block, UnitBlock):
-        F, n = dense_average(block), block._average.effective_count
-        own = block._average.value.diagonal(dim1=1, dim2=2).mean(1).repeat(2)
+        F, n = dense_average(block), block.effective_count("F")
+        own = block.average("F").diagonal(dim1=1, dim2=2).mean(1).repeat(2)
         more = value * own.mean() + 2 * sampling / n * own if mode == "relative" else value
         return F + more * torch.eye(len(F)).to(F)
-    if isinstance(block, HalfDiagonalBlock):
-        D, S = torch.diag(block._average_D.value), block._average_S.value
-        tr_d, tr_s = D.trace() / len(D), S.trace() / len(S)
-        if mode == "relative":
-            n = block._average_D.effective_count * block._average_rows.value
-            more_d, more_s = value * tr_d, (value + sampling * len(S) / n) * tr_s
-        else:
-            pi = (tr_d / tr_s).sqrt()
-            more_d, more_s = pi * value**0.5, value**0.5 / pi
-        more_d = more_d + block._average_row.value
-        return torch.kron(
-            D + more_d * torch.eye(len(D)).to(D), S + more_s * torch.eye(len(S)).to(S)
-        )
-    assert isinstance(block, KroneckerBlock)
-    damped = []
-    A, G = block._average_A.value, block._average_G.value
-    rows = block._average_A.effective_count * block._average_rows.value.reshape(-1)
-    for a, g, n in zip(A, G, rows, strict=True):
+    assert isinstance(block, KroneckerProductBlock)
+    averages = block._averaged_factors()
+    sizes = [1 if X.dim() == 2 else X.shape[-1] for X in averages]
+    shares = [
+        [value + sampling * size / n for size, n in zip(sizes, rows, strict=True)]
+        for rows in sample_sizes(block)
+    ]
+    if isinstance(block, EigenBlock):
+        damped = []
+        for M, (a, g) in zip(block.average("M"), shares, strict=True):
+            more = a * M.mean(1, keepdim=True) + g * M.mean(0) + a * g * M.mean()
+            damped.append(M + (more if mode == "relative" else value))
+        return eigen_dense(block, torch.stack(damped))
+    factors = []
+    for a, g, share in zip(*averages, shares, strict=True):
+        a, g = (torch.diag(X) if X.dim() == 1 else X for X in (a, g))
         tr_a, tr_g = a.trace() / len(a), g.trace() / len(g)
         if mode == "relative":
-            more_a = (value + sampling * len(a) / n) * tr_a
-            more_g = (value + sampling * len(g) / n) * tr_g
+            more_a, more_g = share[0] * tr_a, share[1] * tr_g
         else:
             pi = (tr_a / tr_g).sqrt()
             more_a, more_g = pi * value**0.5, value**0.5 / pi
-        damped.append((a + more_a * torch.eye(len(a)).to(a), g + more_g * torch.eye(len(g)).to(g)))
-    return kronecker_dense(
-        block, torch.stack([a for a, _ in damped]), torch.stack([g for _, g in damped])
-    )
+        if isinstance(block, HalfDiagonalBlock):
+            more_g = more_g + float(block.average("row"))
+        factors.append((a + more_a * torch.eye(len(a)).to(a), g + more_g * torch.eye(len(g)).to(g)))
+    A, G = (torch.stack(X) for X in zip(*factors, strict=True))
+    return kronecker_dense(block, A, G)
 
 
 # -- randomness ------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ FLOORS = [
     },
     {"curvature.blocks", "curvature.observation"},
     {"curvature.observe"},
+    {"curvature.block_choice"},
     {"curvature.fisher", "curvature.objective"},
     {"curvature"},
     {

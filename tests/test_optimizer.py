@@ -180,7 +180,7 @@ def test_burn_in_gathers_statistics_and_moves_nothing():
     train(model, optimizer, 14)
     assert torch.equal(flat([*model.parameters()]), start)
     (block, *_) = optimizer._engine.fisher.blocks
-    assert block._average_G.effective_count > 10  # 14 statistics, not the ten of the first steps
+    assert block.effective_count("G") > 10  # 14 statistics, not the ten of the first steps
     assert optimizer.report.step_scale == 0
     train(model, optimizer, 1)
     assert not torch.equal(flat([*model.parameters()]), start)
@@ -519,7 +519,7 @@ def test_what_is_added_outside_the_observed_region_gets_the_empirical_fisher_and
     train_beside(model, extra, optimizer, 1)
     block = optimizer._engine.fisher.block(extra)
     # 24 terms that weigh 2/24 each: the squared gradient over the sum of squared weights.
-    torch.testing.assert_close(block._average.value, extra.grad**2 / (24 * (2 / 24) ** 2))
+    torch.testing.assert_close(block.average("F"), extra.grad**2 / (24 * (2 / 24) ** 2))
     before = extra.square().sum().item()
     train_beside(model, extra, optimizer, 20)
     assert extra.square().sum() < before
@@ -535,7 +535,7 @@ def test_the_coverage_names_every_parameter_and_counts_a_shared_block_once():
     train(model, optimizer, 1)
     rows = optimizer.coverage().rows
     assert [row.parameter for row in rows] == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert [row.numel for row in rows] == [3 * (25 + 36), 0, 3 * (49 + 9), 0]
+    assert [row.numel for row in rows] == [3 * (25 + 36) + 3, 0, 3 * (49 + 9) + 3, 0]
     assert rows[1].reason == "bias of linear, an input of value 1"
     names = {id(model[0].weight): "first"}
     assert optimizer.coverage(names).rows[0].parameter == "first"

@@ -19,7 +19,9 @@ BAD = {
     "noise_variance": [0.0, -1.0, None, *NOT_NUMBERS],
     "damping_mode": ["relativ", None, 1],
     "fisher": ["empirical", "sample", None],
-    "structure": ["kronecker", "Auto", None],
+    "structure": ["kroneker", "Auto", None],
+    "weight_sharing": ["expanded", True, None],
+    "max_factor": [0, 2.5, True],
     "draws": [0, -1, 1.0, True, "1", None],
     "measure_every": [0, 2.5, True],
     "statistics_every": [0, 2.5, True],
@@ -31,7 +33,8 @@ BAD = {
 ALLOWED = {
     "damping_mode": ["relative", "absolute"],
     "fisher": ["sampled", "propagated"],
-    "structure": ["auto", "diagonal", "identity"],
+    "structure": ["auto", "kronecker", "eigen", "diagonal", "identity"],
+    "weight_sharing": ["expand", "reduce"],
 }
 
 

@@ -86,7 +86,7 @@ class NaturalGradientStep:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.fisher = Fisher(diagonal=options.structure == "diagonal")
+        self.fisher = Fisher(options.block_rule())
         self.steps = 0
         self.report: StepReport | None = None
         self.losses: list[str] = []

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ngplugin.curvature.blocks import DampingMode
+from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
@@ -70,9 +70,16 @@ class NaturalGradientOptimizer(Optimizer):
             output's Fisher information, same mean and covariance with far less noise where the
             prediction is nearly certain.
         draws: scores for each loss and observed step.
-        structure: `"auto"`: Kronecker blocks where there is a linear map, unit-wise ones for
-            normalizations, else diagonal. `"diagonal"`: diagonal everywhere. `"identity"`: d = m,
-            gradient descent with momentum, whose steps `kl_radius` bounds like any others.
+        structure: what is kept of F. `"kronecker"`: two factors for each linear map and each other
+            matrix, unit-wise blocks for normalizations, else diagonals. `"eigen"`: for linear maps
+            the second moments along the factors' eigenvectors too (EKFAC). `"diagonal"`: diagonal
+            everywhere. `"identity"`: d = m, gradient descent with momentum, whose steps `kl_radius`
+            bounds like any others. `"auto"`: at present `"kronecker"`.
+        weight_sharing: how tokens or pixels of an example count that share a weight. `"expand"`: as
+            independent rows, right where each has a loss of its own. `"reduce"`: as one row, the
+            mean input with the summed score, right where they are pooled before the loss. An
+            example is one place along the first axis of a map's input.
+        max_factor: a side of a matrix that is larger keeps the diagonal of its factor only.
         decay: β of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; the first ten steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
@@ -105,6 +112,8 @@ class NaturalGradientOptimizer(Optimizer):
         fisher: FisherKind = "propagated",
         draws: int = 1,
         structure: Structure = "auto",
+        weight_sharing: WeightSharing = "expand",
+        max_factor: int = 8192,
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -126,6 +135,8 @@ class NaturalGradientOptimizer(Optimizer):
             fisher=fisher,
             draws=draws,
             structure=structure,
+            weight_sharing=weight_sharing,
+            max_factor=max_factor,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

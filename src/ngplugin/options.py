@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ngplugin.curvature.blocks import DampingMode
+from ngplugin.curvature.block_choice import BlockRule
+from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping, as_schedule
 from ngplugin.errors import OptionError
 
 #: Which block a parameter gets; `"identity"` is F = I, plain gradient descent.
-Structure = Literal["auto", "diagonal", "identity"]
+Structure = Literal["auto", "kronecker", "eigen", "diagonal", "identity"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Options:
     fisher: FisherKind = "propagated"
     draws: int = 1
     structure: Structure = "auto"
+    weight_sharing: WeightSharing = "expand"
+    max_factor: int = 8192
     decay: float = 0.95
     statistics_every: int = 5
     refresh_every: int = 20
@@ -54,6 +57,8 @@ class Options:
         check_number("sampling_damping", self.sampling_damping, low=0)
         check_choice("fisher", self.fisher, get_args(FisherKind))
         check_choice("structure", self.structure, get_args(Structure))
+        check_choice("weight_sharing", self.weight_sharing, get_args(WeightSharing))
+        check_count("max_factor", self.max_factor, low=1)
         check_number("decay", self.decay, low=0, high=1, open_high=True)
         if self.noise_variance != "auto":
             check_number(
@@ -64,6 +69,11 @@ class Options:
         check_count("spectrum_every", self.spectrum_every, low=1)
         check_count("burn_in", self.burn_in, low=0)
         check_count("seed", self.seed, low=0)
+
+    def block_rule(self) -> BlockRule:
+        """How blocks are to be chosen; `"identity"` has blocks only to bound its steps."""
+        structure = "auto" if self.structure == "identity" else self.structure
+        return BlockRule(structure, self.weight_sharing, self.max_factor)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -84,14 +84,14 @@ def test_the_blocks_are_those_of_the_projections_written_out(kind):
     open_, _ = observe([*pieces, *offsets, *layer.out_proj.parameters()], plain)
     block = hidden.block(layer.in_proj_weight)
     for i, w in enumerate(pieces):
-        A, G = (getattr(open_.block(w), name).value[0] for name in ("_average_A", "_average_G"))
+        A, G = (open_.block(w).average(name)[0] for name in "AG")
         if kind == "self":
-            torch.testing.assert_close(block._average_A.value[0], A)
-            G_packed = block._average_G.value[0]
+            torch.testing.assert_close(block.average("A")[0], A)
+            G_packed = block.average("G")[0]
             torch.testing.assert_close(G_packed[4 * i : 4 * i + 4, 4 * i : 4 * i + 4], G)
         else:
-            torch.testing.assert_close(block._average_A.value[i], A)
-            torch.testing.assert_close(block._average_G.value[i], G)
+            torch.testing.assert_close(block.average("A")[i], A)
+            torch.testing.assert_close(block.average("G")[i], G)
     torch.testing.assert_close(
         dense_average(hidden.block(layer.out_proj.weight)),
         dense_average(open_.block(layer.out_proj.weight)),
@@ -120,7 +120,7 @@ def test_a_projection_used_whole_and_in_pieces_has_one_block_of_pieces():
     assert block.groups == 3
     calls = [call for call, _ in observation.maps if call.weight is layer.in_proj_weight]
     assert [(call.groups, call.first) for call in calls] == [(1, 0), (3, 0), (3, 1)]
-    assert block._average_rows.value.flatten().tolist() == [20, 16, 16]
+    assert block.average("rows").flatten().tolist() == [20, 16, 16]
 
 
 def test_rows_of_the_whole_are_divided_among_the_pieces():
@@ -133,8 +133,8 @@ def test_rows_of_the_whole_are_divided_among_the_pieces():
     block.fold(1.0, 0.0)
     for i in range(3):
         g = score[:, 2 * i : 2 * i + 2]
-        torch.testing.assert_close(block._average_A.value[i], x.T @ x / 5)
-        torch.testing.assert_close(block._average_G.value[i], g.T @ g)
+        torch.testing.assert_close(block.average("A")[i], x.T @ x / 5)
+        torch.testing.assert_close(block.average("G")[i], g.T @ g)
     assert not block.takes(read_map_call(F.linear, (x, weight[:1]), {}))
     assert not block.takes(read_map_call(F.linear, (randn(5, 6), weight.T), {}))
 

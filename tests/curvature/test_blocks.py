@@ -7,6 +7,8 @@ from torch import nn
 from ngplugin.curvature.blocks import (
     BlockDamping,
     DiagonalBlock,
+    EigenBlock,
+    GradientKroneckerBlock,
     HalfDiagonalBlock,
     KroneckerBlock,
     UnitBlock,
@@ -25,32 +27,48 @@ DAMPINGS = [
 ]
 
 
-def kronecker(layout, bias=True, steps=3):
+def kronecker(layout, bias=True, steps=3, kind=KroneckerBlock, **options):
     """A block after a few statistics of different batch sizes, decay 0.8."""
-    if layout in ("linear", "widening"):
-        out, into = {"linear": (3, 5), "widening": (7, 3)}[layout]
+    if layout in ("linear", "widening", "tokens"):
+        out, into = {"linear": (3, 5), "widening": (7, 3), "tokens": (3, 5)}[layout]
         weight = nn.Parameter(randn(out, into))
-        inputs = [randn(4 + i, into, seed=i) for i in range(steps)]
-        function, options, groups = F.linear, {}, 1
+        shared = (3,) if layout == "tokens" else ()
+        inputs = [randn(4 + i, *shared, into, seed=i) for i in range(steps)]
+        function, keywords, groups = F.linear, {}, 1
     else:
         groups = {"conv2d": 1, "grouped": 2}[layout]
         weight = nn.Parameter(randn(4, 4 // groups, 2, 2))
         inputs = [randn(2 + i, 4, 3, 4, seed=i) for i in range(steps)]
-        function, options = F.conv2d, {"groups": groups}
+        function, keywords = F.conv2d, {"groups": groups}
     offset = nn.Parameter(randn(weight.shape[0])) if bias else None
-    block = KroneckerBlock(weight, offset, groups)
+    block = kind(weight, offset, groups, **options)
     for i, x in enumerate(inputs):
-        output = function(x, weight, offset, **options)
-        call = read_map_call(function, (x, weight, offset), options)
+        output = function(x, weight, offset, **keywords)
+        call = read_map_call(function, (x, weight, offset), keywords)
         block.add_map_score(call, randn(*output.shape, seed=20 + i), 1.0)
         assert block.fold(5.0 + i, 0.8)
+        if kind is EigenBlock:  # whose eigenvalues are measured along eigenvectors
+            assert block.refresh(BlockDamping(0.5))
+    return block
+
+
+def eigen(layout, **options):
+    return kronecker(layout, kind=EigenBlock, **options)
+
+
+def gradient_kronecker(shape=(3, 1, 2, 2), **options):
+    block = GradientKroneckerBlock(nn.Parameter(randn(*shape)), **options)
+    for i in range(3):
+        for draw in range(2):
+            block.add_gradient_scores([randn(*shape, seed=2 * i + draw)], 0.5)
+        assert block.fold(2.0, 0.8)
     return block
 
 
 def diagonal():
     block = DiagonalBlock(nn.Parameter(randn(3, 4)))
     for i in range(3):
-        block.add_gradient_score(randn(3, 4, seed=i), 1.0)
+        block.add_gradient_scores([randn(3, 4, seed=i)], 1.0)
         assert block.fold(2.0, 0.8)
     return block
 
@@ -86,6 +104,19 @@ BLOCKS = {
     "conv2d": lambda: kronecker("conv2d"),
     "grouped conv2d": lambda: kronecker("grouped"),
     "grouped conv2d without bias": lambda: kronecker("grouped", bias=False),
+    "tokens, reduced": lambda: kronecker("tokens", weight_sharing="reduce"),
+    "linear with many inputs": lambda: kronecker("linear", max_factor=4),
+    "linear with many outputs": lambda: kronecker("widening", max_factor=4),
+    "grouped conv2d with many inputs": lambda: kronecker("grouped", max_factor=4),
+    "eigen": lambda: eigen("linear"),
+    "eigen without bias": lambda: eigen("linear", bias=False),
+    "eigen conv2d": lambda: eigen("conv2d"),
+    "eigen grouped conv2d": lambda: eigen("grouped"),
+    "eigen, reduced": lambda: eigen("tokens", weight_sharing="reduce"),
+    "eigen with many inputs": lambda: eigen("grouped", max_factor=4),
+    "gradient-kronecker": gradient_kronecker,
+    "gradient-kronecker with one long side": lambda: gradient_kronecker(max_factor=3),
+    "gradient-kronecker with long sides": lambda: gradient_kronecker(max_factor=2),
     "diagonal": diagonal,
     "unit-wise": unit,
     "embedding": lambda: half_diagonal(tied=False),
@@ -93,6 +124,18 @@ BLOCKS = {
 }
 every_block = pytest.mark.parametrize("name", BLOCKS)
 every_damping = pytest.mark.parametrize("damping", DAMPINGS, ids=str)
+
+
+def statistic(block, factor):
+    """Make the next fold's statistic the present average, but `factor` times as large."""
+    averages = {name: block.average(name) for name in block._averages}
+    name = next(name for name in ("F", "M", "G") if name in averages)
+    block._added = averages
+    block._statistic = lambda added, _: {**added, name: factor * added[name]}
+    if isinstance(block, GradientKroneckerBlock):  # either trace is that of F
+        block._statistic = lambda added, _: {
+            key: added[key] if key == "draws" else factor * added[key] for key in added
+        }
 
 
 def vectors(block, seed=50):
@@ -177,7 +220,7 @@ def test_the_floor_lifts_the_damping_of_a_block_whose_fisher_has_vanished():
     assert float(A.damping) == pytest.approx(0.1 * mean_A)
     block = diagonal()
     block.refresh(BlockDamping(0.1, floor=100 * float(block.mean_eigenvalue())))
-    assert float(block._damping) == pytest.approx(10 * float(block.mean_eigenvalue()))
+    assert float(block._factor().damping) == pytest.approx(10 * float(block.mean_eigenvalue()))
 
 
 @every_block
@@ -186,19 +229,7 @@ def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
     block.refresh(BlockDamping(0.2))
     old, v = flat(block.product(vectors(block))), vectors(block)
     before = float(dense_average(block).trace())
-    if isinstance(block, DiagonalBlock):
-        block.add_gradient_score(10 * randn(3, 4), 1.0)
-    elif isinstance(block, UnitBlock):
-        block._added = 90 * block._average.value
-    elif isinstance(block, HalfDiagonalBlock):
-        added = block._average_D.value, 90 * block._average_S.value, torch.ones(()).double()
-        block._added = {True: added}
-    else:
-        block._added = (
-            9 * block._average_A.value,
-            torch.ones_like(block._average_rows.value),
-            90 * block._average_G.value,
-        )
+    statistic(block, 90.0)
     block.fold(1.0, 0.5)
     # Groups share the growth here, since every group's factors were scaled alike.
     growth = float(dense_average(block).trace()) / before
@@ -212,18 +243,7 @@ def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
 def test_a_statistic_that_is_not_finite_is_dropped(name):
     block = BLOCKS[name]()
     before = dense_average(block)
-    if isinstance(block, DiagonalBlock):
-        block.add_gradient_score(torch.full((3, 4), torch.nan).double(), 1.0)
-    elif isinstance(block, UnitBlock):
-        block.add_gradient_scores([torch.full((2, 3), torch.nan).double()] * 2, 1.0)
-    elif isinstance(block, HalfDiagonalBlock):
-        S = block._average_S.value
-        S[0, 0] = torch.inf
-        block._added = {False: (block._average_D.value, S, torch.ones(()).double())}
-    else:
-        A, rows, G = block._average_A.value, block._average_rows.value, block._average_G.value
-        G[0, 0, 0] = torch.inf
-        block._added = A, rows, G
+    statistic(block, torch.inf)
     assert not block.fold(1.0, 0.5)
     assert torch.equal(dense_average(block), before)
     assert block.fold(1.0, 0.5)  # it is gone, and nothing was added since
@@ -234,7 +254,7 @@ def test_a_statistic_that_is_not_finite_is_dropped(name):
 def test_what_is_discarded_is_never_folded(name):
     block = BLOCKS[name]()
     before = dense_average(block)
-    block._added = object()
+    block._added = {"F": torch.ones(1)}
     block.discard()
     assert block.fold(1.0, 0.5)
     assert torch.equal(dense_average(block), before)
@@ -246,7 +266,7 @@ def test_a_failed_factorization_keeps_the_old_inverse(eigenvalue):
     assert block.refresh(BlockDamping(0.1))
     v = vectors(block)
     before = flat(block.precondition(v)[0])
-    block._average_A._sum.zero_()[0].fill_diagonal_(eigenvalue)
+    block._averages["A"]._sum.zero_()[0].fill_diagonal_(eigenvalue)
     assert not block.refresh(BlockDamping(0.0))
     assert torch.equal(flat(block.precondition(v)[0]), before)
 
@@ -257,7 +277,7 @@ def test_a_matrix_that_is_singular_in_float32_is_factorized_in_float64():
     A = torch.tensor([[[1.0, a], [a, a * a]]])
     assert float(A[0, 1, 1]) > a * a
     block = KroneckerBlock(nn.Parameter(torch.randn(1, 2)), None, 1)
-    block._added = A, torch.ones(1, 1, 1), torch.ones(1, 1, 1)
+    block._added = {"A": A, "rows": torch.ones(1, 1, 1), "G": torch.ones(1, 1, 1)}
     block.fold(1.0, 0.0)
     assert block.refresh(BlockDamping(0.0))
     inverse = block.factors[0].inverse
@@ -267,7 +287,7 @@ def test_a_matrix_that_is_singular_in_float32_is_factorized_in_float64():
 
 def test_an_element_that_no_prediction_depends_on_does_not_move():
     block = DiagonalBlock(nn.Parameter(randn(3)))
-    block.add_gradient_score(torch.tensor([1.0, 0.0, 2.0]).double(), 1.0)
+    block.add_gradient_scores([torch.tensor([1.0, 0.0, 2.0]).double()], 1.0)
     block.fold(1.0, 0.0)
     block.refresh(BlockDamping(0.0))
     (direction,), _ = block.precondition([torch.ones(3).double()])
@@ -276,16 +296,9 @@ def test_an_element_that_no_prediction_depends_on_does_not_move():
 
 @every_block
 def test_a_saved_block_gives_the_same_products_and_the_same_future(name):
-    one, other = BLOCKS[name](), None
+    one = BLOCKS[name]()
     one.refresh(BlockDamping(0.2))
-    if isinstance(one, DiagonalBlock):
-        other = DiagonalBlock(one.parameters[0])
-    elif isinstance(one, UnitBlock):
-        other = UnitBlock(*one.parameters)
-    elif isinstance(one, HalfDiagonalBlock):
-        other = HalfDiagonalBlock(one.parameters[0])
-    else:
-        other = KroneckerBlock(one.parameters[0], one._bias, one.groups)
+    other = type(one).made(one.parameters, one.layout())
     other.load_state_dict(one.state_dict())
     v = vectors(one)
     for block in (one, other):
@@ -307,6 +320,10 @@ def test_blocks_of_bfloat16_parameters_are_kept_in_float32():
 
 
 def test_the_numbers_kept_are_counted():
-    assert kronecker("grouped").numel() == 3 * 2 * (9**2 + 2**2)
-    assert diagonal().numel() == 24
-    assert unit().numel() == 3 * 4 * 6
+    for block, numbers in (
+        (kronecker("grouped"), 3 * 2 * (9**2 + 2**2)),
+        (diagonal(), 2 * 12),
+        (unit(), 3 * 4 * 6),
+    ):
+        assert block.refresh(BlockDamping(0.1))
+        assert numbers <= block.numel() < 1.2 * numbers  # dampings and counts too

@@ -125,7 +125,7 @@ def test_a_diagonal_block_weighs_each_term_as_the_objective_does():
         fisher, _ = observe(
             [scale], lambda i=i: w[i] * 0.5 * F.mse_loss(scale * x[i : i + 1], x[i : i + 1])
         )
-        torch.testing.assert_close(fisher.blocks[0]._average.value, x[i] ** 2)
+        torch.testing.assert_close(fisher.blocks[0].average("F"), x[i] ** 2)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
@@ -166,8 +166,8 @@ def test_a_tied_weight_adds_up_its_calls():
     assert len(observation.maps) == 2
     (block,) = fisher.blocks
     inner = F.linear(x, weight).detach()
-    torch.testing.assert_close(block._average_A.value[0], (x.T @ x + inner.T @ inner) / 2)
-    assert float(block._average_rows.value) == 2
+    torch.testing.assert_close(block.average("A")[0], (x.T @ x + inner.T @ inner) / 2)
+    assert float(block.average("rows")) == 2
 
 
 def test_draws_are_averaged_and_not_added():
@@ -176,7 +176,7 @@ def test_draws_are_averaged_and_not_added():
     one, _ = observe([*model.parameters()], lambda: F.mse_loss(model(x), y), draws=1)
     five, _ = observe([*model.parameters()], lambda: F.mse_loss(model(x), y), draws=5)
     torch.testing.assert_close(dense_average(one.blocks[0]), dense_average(five.blocks[0]))
-    assert float(five.blocks[0]._average_rows.value) == pytest.approx(6)
+    assert float(five.blocks[0].average("rows")) == pytest.approx(6)
 
 
 def test_a_bias_that_two_weights_add_has_a_block_of_its_own():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ngplugin.curvature import fisher as fisher_module
+from ngplugin.curvature.block_choice import BlockRule
 from ngplugin.curvature.blocks import BlockDamping
 from ngplugin.curvature.taps import read_map_call
 from tests.oracle import (
@@ -81,10 +81,11 @@ def test_the_block_is_the_kronecker_block_of_one_hot_inputs():
     one_hot = F.one_hot(tokens, 6).double()
     multiplied, _ = observe([transposed], lambda: F.mse_loss(F.linear(one_hot, transposed), y))
     ours, theirs = looked_up.block(weight), multiplied.block(transposed)
-    torch.testing.assert_close(torch.diag(ours._average_D.value), theirs._average_A.value[0])
-    torch.testing.assert_close(ours._average_S.value, theirs._average_G.value[0])
+    torch.testing.assert_close(torch.diag(ours.average("G")[0]), theirs.average("A")[0])
+    torch.testing.assert_close(ours.average("A")[0], theirs.average("G")[0])
     assert looked_up.reason(weight) == "weight of embedding"
-    assert ours.numel() == 2 * 6 + 3 * 3**2
+    looked_up.refresh(BlockDamping(0.1))
+    assert ours.numel() == 2 * 6 + 3 * 3**2 + 4  # two dampings, two counts
 
 
 def test_one_token_s_block_is_the_fisher_s_in_the_mean():
@@ -113,8 +114,8 @@ def test_padding_counts_in_neither_factor():
     )
     block = fisher.blocks[0]
     expected = torch.tensor([0, 0.5, 0, 0.5, 0]).double()
-    torch.testing.assert_close(block._average_D.value, expected)
-    assert float(block._average_S.value.trace()) == pytest.approx(4 / 8)  # 2 rows of 2 in 8 terms
+    torch.testing.assert_close(block.average("G")[0], expected)
+    assert float(block.average("A")[0].trace()) == pytest.approx(4 / 8)  # 2 rows of 2 in 8 terms
 
 
 @pytest.mark.parametrize("mode", ["relative", "absolute"])
@@ -130,7 +131,7 @@ def test_a_token_never_seen_moves_no_further_than_this_batch_alone_would_move_it
     g[4321] = randn(2) / 100  # it came once in a hundred
     directions, _ = fisher.precondition({id(table.weight): g})
     d = directions[id(table.weight)]
-    newton = torch.linalg.solve(fisher.blocks[0]._average_S.value, g[4321] * 100)
+    newton = torch.linalg.solve(fisher.blocks[0].average("A")[0], g[4321] * 100)
     assert d[4321].norm() < 1.01 * newton.norm()
     assert d[:4321].abs().max() == 0
 
@@ -182,13 +183,19 @@ def test_a_weight_first_seen_as_a_matrix_changes_its_block_when_it_is_looked_up(
     assert fisher.reason(bias) == "bias of linear"
 
 
-def test_an_output_layer_with_a_large_vocabulary_keeps_a_diagonal(monkeypatch):
-    monkeypatch.setattr(fisher_module, "_LARGEST_FACTOR", 6)
+def test_an_output_layer_with_a_large_vocabulary_keeps_a_diagonal():
     x, y = randn(9, 3), torch.arange(9) % 5
-    for outputs, kind in ((6, "kronecker"), (7, "half-diagonal kronecker")):
+    for outputs, dims in ((6, 3), (7, 2)):
         layer = double(nn.Linear(3, outputs))
-        fisher, _ = observe([*layer.parameters()], lambda m=layer: F.cross_entropy(m(x), y))
-        assert fisher.block(layer.weight).kind == kind
+        fisher, _ = observe(
+            [*layer.parameters()],
+            lambda m=layer: F.cross_entropy(m(x), y),
+            rule=BlockRule(max_factor=6),
+        )
+        assert fisher.block(layer.weight).average("G").dim() == dims
+    assert fisher.reason(layer.weight) == (
+        "weight of linear; outputs 7 > max_factor: kept diagonal"
+    )
 
 
 def test_a_saved_block_goes_on_as_it_was():

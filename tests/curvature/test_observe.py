@@ -87,10 +87,10 @@ def test_accumulated_observations_add_up():
             loss = F.cross_entropy(model(X[3 * i : 3 * i + 3]), Y[3 * i : 3 * i + 3]) / 2
         loss.backward()
     fisher.fold(1.0, 0.0)
-    A = fisher.block(parameters[0])._average_A.value[0]
+    A = fisher.block(parameters[0]).average("A")[0]
     inputs = torch.cat([X, torch.ones(6, 1).double()], 1)
     torch.testing.assert_close(A, inputs.T @ inputs / 6)
-    assert float(fisher.block(parameters[0])._average_rows.value) == 6
+    assert float(fisher.block(parameters[0]).average("rows")) == 6
 
 
 def test_only_watched_parameters_have_maps():

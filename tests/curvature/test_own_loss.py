@@ -188,7 +188,7 @@ def test_a_loss_by_hand_has_the_fisher_of_its_twin(by_hand, recognised):
                 value = loss(model(X))
             value.backward()
             fisher.fold(1.0, 0.0)
-            factors.append([block._average_G.value for block in fisher.blocks])
+            factors.append([block.average("G") for block in fisher.blocks])
         found.append([torch.stack(column).mean(0) for column in zip(*factors, strict=True)])
     # Elementwise losses have the same H; only the random signs differ.
     for a, b in zip(*found, strict=True):

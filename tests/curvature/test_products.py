@@ -68,14 +68,14 @@ def test_a_scaled_addition_and_a_product_of_matrices_are_no_maps():
     assert read_map_call(torch.matmul, (randn(2, 5, 4), randn(2, 4, 3)), {}) is None
 
 
-def test_a_weight_used_in_both_directions_has_a_diagonal_block():
+def test_a_weight_used_in_both_directions_is_known_by_its_gradient_only():
     """A tied autoencoder: neither factorization holds for both uses."""
     weight = nn.Parameter(randn(3, 4))
     fisher, _ = observe(
         [weight], lambda: F.mse_loss(F.linear(F.linear(X, weight).tanh(), weight.T), X)
     )
-    assert fisher.block(weight).kind == "diagonal"
-    assert fisher.reason(weight) == "weight of linear, which no one block can hold"
+    assert fisher.block(weight).kind == "gradient-kronecker"
+    assert fisher.reason(weight) == "weight of linear, which no one map's block can hold"
 
 
 @pytest.mark.parametrize("shape", [(5,), (2, 3), ()], ids=str)

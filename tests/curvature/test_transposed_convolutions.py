@@ -106,4 +106,4 @@ def test_products_and_saving_know_that_the_inputs_come_first():
     other.parameters = [weight]
     other.load_state_dict(fisher.state_dict())
     assert torch.equal(other.precondition({id(weight): g})[0][id(weight)], directions[id(weight)])
-    assert block.numel() == 3 * 2 * (2**2 + 9**2)
+    assert block.numel() == 3 * 2 * (2**2 + 9**2) + 3 * 2  # two dampings and a count a group

@@ -32,6 +32,11 @@ class RunningAverage:
         self._weight = decay * self._weight + (1 - decay)
         self._squares = decay**2 * self._squares + (1 - decay) ** 2
 
+    def replace(self, value: Tensor, like: RunningAverage) -> None:
+        """Become `value`, with the memory of another average: as if made of its statistics."""
+        self._sum = value * like._weight
+        self._weight, self._squares = like._weight, like._squares
+
     @property
     def effective_count(self) -> float:
         """How many equally weighted values would vary as little: (Σ w)²/Σ w²."""
@@ -42,6 +47,10 @@ class RunningAverage:
         """The average, a new tensor."""
         assert self._sum is not None
         return self._sum / self._weight
+
+    def numel(self) -> int:
+        """How many numbers are kept."""
+        return 0 if self._sum is None else self._sum.numel()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers."""

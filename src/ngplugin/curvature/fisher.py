@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,20 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.block_choice import BlockChoice, BlockRule
 from ngplugin.curvature.blocks import (
+    BLOCKS,
     Block,
     BlockDamping,
     DiagonalBlock,
-    HalfDiagonalBlock,
-    KroneckerBlock,
-    UnitBlock,
+    GradientBlock,
+    MapBlock,
 )
 from ngplugin.curvature.blocks.block import curvature_dtype
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
-
-MapBlock = (KroneckerBlock, HalfDiagonalBlock)  # the blocks that take the scores of maps
-# More outputs than this, a vocabulary, are kept as a diagonal: their matrix squared has no room.
-_LARGEST_FACTOR = 8192
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
 
@@ -49,154 +45,50 @@ class Fisher:
     """A block-diagonal Fisher matrix, built up from scores; all in units of F/Σw.
 
     The weight of each linear map that is known gets a Kronecker block, scale and offset of a
-    normalization a unit-wise one, every other parameter a diagonal one.
+    normalization a unit-wise one, every other matrix a gradient-Kronecker one, and the rest
+    diagonals; see `BlockChoice`.
 
     Args:
-        diagonal: give all parameters diagonal blocks.
-
-    Attributes:
-        parameters: those to be covered now, in the optimizer's order; may change between steps.
+        rule: what was asked for.
     """
 
-    def __init__(self, diagonal: bool = False) -> None:
-        self.parameters: list[Tensor] = []
-        self._diagonal = diagonal
-        self._block_of: dict[int, Block] = {}  # id of the parameter
-        self._reason: dict[int, str] = {}
-        self._use: dict[int, str] = {}  # of parameters that no map's block holds: what they are
+    def __init__(self, rule: BlockRule | None = None) -> None:
+        self._choice = BlockChoice(rule or BlockRule())
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those to be covered now, in the optimizer's order; may change between steps."""
+        return self._choice.parameters
+
+    @parameters.setter
+    def parameters(self, parameters: list[Tensor]) -> None:
+        self._choice.parameters = parameters
 
     # -- taking scores in (the observer's side) ----------------------------------------------
 
     def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
-        """Give the weight of each map a block, when it is first seen.
-
-        A bias joins its weight's block if it is added by no other weight, and to each row once;
-        otherwise, and where a weight's calls disagree about it, it gets a diagonal block of its
-        own.
-        """
-        if self._diagonal:
-            return
-        added_by: dict[int, set[int]] = {}
-        uses: dict[int, list[MapCall | LookupCall]] = {}
-        for call in calls:
-            uses.setdefault(id(call.weight), []).append(call)
-            if isinstance(call, MapCall) and call.bias is not None:
-                added_by.setdefault(id(call.bias), set()).add(id(call.weight))
-                self._use.setdefault(id(call.bias), f"bias of {call.kind}")
-        shared = {bias for bias, weights in added_by.items() if len(weights) > 1}
-        for found in uses.values():
-            block = self._block_of.get(id(found[0].weight))
-            if block is None or (
-                isinstance(block, MapBlock) and not all(block.takes(call) for call in found)
-            ):
-                self._choose(found, block, shared)
-        self._pair(norms)
-
-    def _pair(self, norms: Sequence[NormCall]) -> None:
-        """Give scale and offset one block, where each is used with no other."""
-        partners: dict[int, set[int]] = {}
-        for norm in norms:
-            for p, role, other in (
-                (norm.weight, "weight", norm.bias),
-                (norm.bias, "bias", norm.weight),
-            ):
-                if p is not None:
-                    self._use.setdefault(id(p), f"{role} of {norm.kind}")
-                    partners.setdefault(id(p), set()).add(id(other))
-        followed = {id(p) for p in self.parameters if p.requires_grad}
-        for norm in norms:
-            scale, offset = norm.weight, norm.bias
-            if scale is None or offset is None or scale.shape != offset.shape:
-                continue
-            if all(
-                id(p) in followed and id(p) not in self._block_of and len(partners[id(p)]) == 1
-                for p in (scale, offset)
-            ):
-                block = UnitBlock(scale, offset)
-                for p in block.parameters:
-                    self._block_of[id(p)] = block
-                    self._reason[id(p)] = self._use[id(p)]
-
-    def _choose(
-        self, calls: Sequence[MapCall | LookupCall], old: Block | None, shared: set[int]
-    ) -> None:
-        """Give a weight a block that takes all its calls.
-
-        Args:
-            calls: of the weight.
-            old: its block so far, made for another layout; its average is given up.
-            shared: the ids of the biases that more than one weight adds.
-        """
-        weight = calls[0].weight
-        for p in old.parameters if old else ():
-            del self._block_of[id(p)]
-        reason = "weight of " + " and ".join(dict.fromkeys(call.kind for call in calls))
-        maps = [call for call in calls if isinstance(call, MapCall)]
-        first = maps[0] if maps else None
-        half_diagonal = (
-            first is None
-            or len(maps) < len(calls)
-            or isinstance(old, HalfDiagonalBlock)
-            or (weight.dim() == 2 and weight.shape[0] > _LARGEST_FACTOR)
-        )
-        block: Block
-        if half_diagonal:
-            block = HalfDiagonalBlock(weight)
-        else:
-            assert first is not None
-            bias = self._joining_bias(first, shared)
-            groups = math.lcm(*(call.groups for call in maps))
-            if isinstance(old, KroneckerBlock):
-                groups = math.lcm(groups, old.groups)
-            block = KroneckerBlock(weight, bias, groups, first.inputs_first)
-            if bias is not None:
-                self._reason[id(bias)] = f"bias of {first.kind}, an input of value 1"
-        if not all(block.takes(call) for call in calls):
-            block = DiagonalBlock(weight)
-            reason += ", which no one block can hold"
-        for p in block.parameters:
-            self._block_of[id(p)] = block
-        self._reason[id(weight)] = reason
-
-    def _joining_bias(self, call: MapCall, shared: set[int]) -> Tensor | None:
-        """The bias that is to be one more input of the call's weight."""
-        bias = call.bias
-        if (
-            bias is None
-            or not call.bias_joins
-            or not bias.requires_grad
-            or not any(bias is p for p in self.parameters)
-            or id(bias) in self._block_of
-            or id(bias) in shared
-        ):
-            return None
-        return bias
+        """Give the weight of each map, and the parameters of each normalization, a block."""
+        self._choice.assign(calls, norms)
 
     def unmapped(self) -> list[Tensor]:
         """The parameters that no map's block holds."""
-        return [p for p in self.parameters if not isinstance(self._block_of.get(id(p)), MapBlock)]
+        return [p for p in self.parameters if not isinstance(self.block(p), MapBlock)]
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
-        block = self._block_of.get(id(call.weight))
+        block = self.block(call.weight)
         if isinstance(block, MapBlock):
             block.add_map_score(call, score, share)
 
     def add_gradient_scores(self, scores: Sequence[tuple[Tensor, Tensor]], share: float) -> None:
         """Take each parameter with its d(score)/d(parameter), counting `share` of a draw."""
         score_of = {id(p): score for p, score in scores}
-        for p, score in scores:
-            block = self._block_of.get(id(p))
-            if block is None:
-                block = DiagonalBlock(p)
-                self._settle(block, self._use.get(id(p), "used by no linear map that is known"))
-            if isinstance(block, UnitBlock):
-                if p is next(q for q in block.parameters if id(q) in score_of):  # once a draw
-                    pair = [score_of.get(id(q), torch.zeros_like(q)) for q in block.parameters]
-                    block.add_gradient_scores(pair, share)
-            else:
-                assert isinstance(block, DiagonalBlock)
-                block.add_gradient_score(score, share)
+        blocks = dict.fromkeys(self.block(p) or self._choice.unseen(p) for p, _ in scores)
+        for block in blocks:
+            assert isinstance(block, GradientBlock)
+            block.add_gradient_scores(
+                [score_of.get(id(p), torch.zeros_like(p)) for p in block.parameters], share
+            )
 
     def discard(self) -> None:
         """Forget what was added and not folded."""
@@ -221,12 +113,12 @@ class Fisher:
             decay: β.
         """
         for p in parameters:
-            block = self._block_of.get(id(p))
+            block = self.block(p)
             if block is None or not block.ready:
                 block = DiagonalBlock(p, empirical=True)
-                self._settle(block, "reached by no recognised loss")
+                self._choice.settle(block, ["reached by no recognised loss"])
             if isinstance(block, DiagonalBlock) and block.empirical and p.grad is not None:
-                block.add_gradient_score(p.grad, 1.0)
+                block.add_gradient_scores([p.grad], 1.0)
                 block.fold(scale, decay)
 
     def refresh(self, damping: BlockDamping, only_new: bool = False) -> int:
@@ -251,7 +143,7 @@ class Fisher:
     @property
     def blocks(self) -> list[Block]:
         """Each block once, in the order in which they were found."""
-        return list(dict.fromkeys(self._block_of.values()))
+        return self._choice.blocks
 
     # -- products ------------------------------------------------------------------------------
 
@@ -308,11 +200,11 @@ class Fisher:
 
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""
-        return self._reason.get(id(parameter), "no observed loss depends on it yet")
+        return self._choice.reason(parameter)
 
     def block(self, parameter: Tensor) -> Block | None:
         """The block that holds the parameter, None before one was found for it."""
-        return self._block_of.get(id(parameter))
+        return self._choice.block(parameter)
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -334,25 +226,9 @@ class Fisher:
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         """Take over a saved matrix, whatever blocks were there before."""
-        self._block_of.clear()
+        self._choice.clear()
         for saved in state:
             parameters = [self.parameters[i] for i in saved["parameters"]]
-            block: Block
-            if saved["kind"] == KroneckerBlock.kind:
-                bias = parameters[1] if len(parameters) > 1 else None
-                block = KroneckerBlock(parameters[0], bias, saved["groups"], saved["inputs_first"])
-            elif saved["kind"] == HalfDiagonalBlock.kind:
-                block = HalfDiagonalBlock(parameters[0])
-            elif saved["kind"] == UnitBlock.kind:
-                block = UnitBlock(*parameters)
-            else:
-                block = DiagonalBlock(parameters[0], saved["empirical"])
+            block = BLOCKS[saved["kind"]].made(parameters, saved["layout"])
             block.load_state_dict(saved)
-            for p, reason in zip(parameters, saved["reasons"], strict=True):
-                self._block_of[id(p)] = block
-                self._reason[id(p)] = reason
-
-    def _settle(self, block: Block, reason: str) -> None:
-        for p in block.parameters:
-            self._block_of[id(p)] = block
-            self._reason[id(p)] = reason
+            self._choice.settle(block, saved["reasons"])

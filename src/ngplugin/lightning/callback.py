@@ -8,7 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch.callbacks import Callback
 
 from ngplugin import tracking
-from ngplugin.curvature.blocks import DampingMode
+from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
@@ -49,6 +49,8 @@ class NaturalGradient(Callback):
         fisher: see there.
         draws: see there.
         structure: see there.
+        weight_sharing: see there.
+        max_factor: see there.
         decay: see there.
         statistics_every: see there; steps.
         refresh_every: see there; steps.
@@ -79,6 +81,8 @@ class NaturalGradient(Callback):
         fisher: FisherKind = "propagated",
         draws: int = 1,
         structure: Structure = "auto",
+        weight_sharing: WeightSharing = "expand",
+        max_factor: int = 8192,
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -103,6 +107,8 @@ class NaturalGradient(Callback):
             fisher=fisher,
             draws=draws,
             structure=structure,
+            weight_sharing=weight_sharing,
+            max_factor=max_factor,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

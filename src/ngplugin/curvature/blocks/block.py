@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.taps import LookupCall, MapCall
+
 DampingMode = Literal["relative", "absolute"]
 
 
@@ -39,9 +41,11 @@ class Block(ABC):
     Products with F are so too, but scaled to the trace of the present average: F may change its
     size many times over between two refreshes, its shape hardly.
 
+    A block is made of its parameters and its `layout`, both of which a saved state names.
+
     Attributes:
         parameters: the tensors whose gradients go in and directions come out, in this order.
-        kind: the word for it in the coverage table.
+        kind: the word for it in the coverage table and in a saved state.
     """
 
     kind: str
@@ -105,6 +109,19 @@ class Block(ABC):
     def numel(self) -> int:
         """How many numbers this block keeps, inverses included."""
 
+    def note(self) -> str:
+        """What else the coverage table is to say of why it is as it is."""
+        return ""
+
+    def layout(self) -> dict[str, Any]:
+        """What beside the parameters it takes to make this block anew: plain values."""
+        return {}
+
+    @classmethod
+    def made(cls, parameters: Sequence[Tensor], layout: dict[str, Any]) -> Block:
+        """A block without an average, from its parameters and what `layout()` said."""
+        return cls(*parameters, **layout)
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, everything that a bit-exact continuation needs."""
@@ -112,6 +129,37 @@ class Block(ABC):
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
+
+
+class MapBlock(Block):
+    """A block that is built from the rows of observed linear maps."""
+
+    @abstractmethod
+    def takes(self, call: MapCall | LookupCall) -> bool:
+        """Whether the rows of this call are rows of this block."""
+
+    @abstractmethod
+    def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
+        """Add the rows of one call.
+
+        Args:
+            call: the call, one that the block takes.
+            score: d(Σ √w s)/d(output), of the output's shape.
+            share: of the draw among all draws of the step.
+        """
+
+
+class GradientBlock(Block):
+    """A block that is built from the sampled gradient of its parameters.
+
+    With independent scores of mean zero, the gradient g of their weighted sum has covariance F, so
+    ggᵀ is an unbiased estimate of F: neither per-example gradients nor the calls that the
+    parameters went through are needed.
+    """
+
+    @abstractmethod
+    def add_gradient_scores(self, scores: Sequence[Tensor], share: float) -> None:
+        """Add `share` of what ggᵀ says, with g = d(Σ √w s)/d(parameter), one tensor each."""
 
 
 def finite(*tensors: Tensor) -> bool:

@@ -1,139 +1,84 @@
-"""The diagonal block: one Fisher entry an element, for parameters that no known map uses."""
+"""The diagonal block: one Fisher entry an element, where there is nothing better to be had."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ngplugin.curvature.average import RunningAverage
-from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
+from ngplugin.curvature.blocks.averaged import AveragedBlock
+from ngplugin.curvature.blocks.block import BlockDamping, GradientBlock
+from ngplugin.curvature.blocks.factor import DiagonalFactor
 
 
-class DiagonalBlock(Block):
+class DiagonalBlock(AveragedBlock, GradientBlock):
     """diag(F)/Σw of one parameter.
-
-    With independent scores of mean zero, the gradient g of their weighted sum has covariance F, so
-    g² is an unbiased estimate of diag(F): no per-example gradients are needed.
 
     Args:
         parameter: the parameter.
         empirical: the scores will be gradients of the data's own labels, so that this is the
-            empirical Fisher; it only changes the block's name.
+            empirical Fisher.
     """
 
     kind = "diagonal"
 
     def __init__(self, parameter: Tensor, empirical: bool = False) -> None:
-        self.parameters = (parameter,)
+        super().__init__([parameter])
         self.empirical = empirical
         if empirical:
             self.kind = "empirical diagonal"
-        self._dtype = curvature_dtype(parameter)
-        self._added: Tensor | None = None
-        self._average = RunningAverage()
-        self._fisher: Tensor | None = None  # as of the last refresh
-        self._damping: Tensor | None = None  # a scalar
-        self._growth: float | Tensor = 1.0  # tr F now, over that of the last refresh
 
-    def add_gradient_score(self, score: Tensor, share: float) -> None:
-        """Add `share` of g², with g = d(Σ √w s)/d(parameter)."""
-        squared = score.to(self._dtype).square().mul_(share)
-        self._added = squared if self._added is None else self._added.add_(squared)
+    def layout(self) -> dict[str, Any]:
+        """Whether it is the empirical Fisher."""
+        return {"empirical": self.empirical}
 
-    def discard(self) -> None:
-        """Forget what was added and not folded."""
-        self._added = None
+    def add_gradient_scores(self, scores: Sequence[Tensor], share: float) -> None:
+        """Add `share` of g²."""
+        self._add("F", scores[0].to(self._dtype).square().mul_(share))
 
-    def fold(self, total_weight: float, decay: float) -> bool:
-        """Fold g²/Σw into the average."""
-        added, self._added = self._added, None
-        if added is None:
-            return True
-        added = added / total_weight
-        if not finite(added):
-            return False
-        self._average.update(added, decay)
-        if self._fisher is not None:
-            now, then = self._average.value.sum(), self._fisher.sum()
-            self._growth = torch.where(then > 0, now / then, 1.0)
-        return True
+    def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
+        """g²/Σw."""
+        return {"F": added["F"] / total_weight}
 
-    @property
-    def ready(self) -> bool:
-        """Whether there is an average to refresh from."""
-        return bool(self._average)
+    def _scale(self) -> Tensor:
+        return self.average("F").mean()
 
-    @property
-    def inverted(self) -> bool:
-        """Whether there was a refresh."""
-        return self._fisher is not None
-
-    def mean_eigenvalue(self) -> Tensor:
-        """The mean of the diagonal."""
-        return self._average.value.mean()
-
-    def refresh(self, damping: BlockDamping) -> bool:
+    def _invert(self, damping: BlockDamping) -> dict[str, Tensor]:
         """Take over the average, and damp it.
 
         `"relative"`: (λ + γ/n) max(mean(diag F), floor), with n the number of statistics in the
         average: the square of a single draw is near zero by chance for many an element, which must
         not be taken for a flat direction. `"absolute"`: λ.
         """
-        self._fisher = self._average.value
+        F = self.average("F").reshape(1, -1)
         if damping.mode == "relative":
-            n = max(1.0, self._average.effective_count)
-            unit = self._fisher.mean().clamp_min(damping.floor)
-            self._damping = (damping.value + damping.sampling / n) * unit
+            n = max(1.0, self.effective_count("F"))
+            unit = F.mean().clamp_min(damping.floor)
+            added = (damping.value + damping.sampling / n) * unit
         else:
-            self._damping = damping.value * self._fisher.new_ones(())
-        self._growth = 1.0
-        return True
+            added = damping.value * F.new_ones(())
+        return DiagonalFactor(F, added.reshape(1, 1, 1)).named("F")
 
     def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """g / (diag F + λ), and diag(F) times it."""
-        (g,) = gradients
-        assert self._fisher is not None
-        assert self._damping is not None
-        denominator = self._fisher + self._damping
-        # A parameter that the prediction does not depend on (0/0) does not move.
-        direction = torch.where(denominator > 0, g.to(self._dtype) / denominator, 0.0)
-        return [direction.to(g.dtype)], [self._fisher * self._growth * direction]
+        factor, (g,) = self._factor(), gradients
+        direction = factor.solve(g.to(self._dtype).reshape(1, -1, 1))
+        product = self._growth * factor.times(direction)
+        return [direction.reshape(g.shape).to(g.dtype)], [product.reshape(g.shape).to(g.dtype)]
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """diag(F) v."""
-        assert self._fisher is not None
-        return [self._fisher * self._growth * vectors[0].to(self._dtype)]
+        (v,) = vectors
+        product = self._growth * self._factor().times(v.to(self._dtype).reshape(1, -1, 1))
+        return [product.reshape(v.shape).to(v.dtype)]
 
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Smallest and largest element, without and with damping."""
-        assert self._fisher is not None
-        assert self._damping is not None
-        low, high = self._fisher.min(), self._fisher.max()
-        return low, high, low + self._damping, high + self._damping
+        factor = self._factor()
+        (low, high), damping = factor.extremes(), factor.damping.reshape(())
+        return low[0], high[0], low[0] + damping, high[0] + damping
 
-    def numel(self) -> int:
-        """Average and diagonal."""
-        return 2 * self.parameters[0].numel()
-
-    def state_dict(self) -> dict[str, Any]:
-        """The average, and the diagonal and damping as of the last refresh."""
-        return {
-            "kind": self.kind,
-            "empirical": self.empirical,
-            "average": self._average.state_dict(),
-            "fisher": self._fisher,
-            "damping": self._damping,
-            "growth": self._growth,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state."""
-        like = self.parameters[0]
-        self._average.load_state_dict(state["average"], like)
-        for name in ("fisher", "damping", "growth"):
-            saved = state[name]
-            moved = saved.to(like.device, copy=True) if isinstance(saved, Tensor) else saved
-            setattr(self, f"_{name}", moved)
+    def _factor(self) -> DiagonalFactor:
+        assert self.inverted, "refresh() comes first"
+        return DiagonalFactor(self._refreshed["F"], self._refreshed["F_damping"])

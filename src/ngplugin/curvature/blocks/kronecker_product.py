@@ -1,0 +1,138 @@
+"""What blocks have in common that are a Kronecker product of two factors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.blocks.averaged import AveragedBlock
+from ngplugin.curvature.blocks.block import BlockDamping
+from ngplugin.curvature.blocks.factor import (
+    Factor,
+    damped_factor,
+    is_diagonal,
+    mean_eigenvalue,
+    read_factor,
+)
+from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
+
+
+class KroneckerProductBlock(AveragedBlock):
+    """F/Σw ≈ A ⊗ G for a matrix `[group, out, in]`: A over its inputs, G over its outputs.
+
+    Either factor may be kept as its diagonal only. Where A and G come from is the subclass's to
+    say, in the averages "A" and "G", and on how many rows they rest.
+
+    Args:
+        parameters: as the layout takes them.
+        layout: how they are a matrix.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], layout: MatrixLayout) -> None:
+        super().__init__(parameters)
+        self._layout = layout
+
+    def _averaged_factors(self) -> tuple[Tensor, Tensor]:
+        """A and G by the averages, `[group, d, d]` or their diagonals `[group, d]`."""
+        return self.average("A"), self.average("G")
+
+    def _sample_sizes(self, A: Tensor, G: Tensor) -> tuple[float | Tensor, float | Tensor]:
+        """How many independent rows A and G effectively rest on; `[group, 1, 1]` or numbers."""
+        rows = self.effective_count("A") * self.average("rows")
+        return rows, rows
+
+    @property
+    def factors(self) -> tuple[Factor, Factor]:
+        """A and G as of the last refresh."""
+        assert self.inverted, "refresh() comes first"
+        return read_factor(self._refreshed, "A"), read_factor(self._refreshed, "G")
+
+    def _scale(self) -> Tensor:
+        A, G = self._averaged_factors()
+        return mean_eigenvalue(A) * mean_eigenvalue(G)  # [group, 1, 1]
+
+    def _invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+        """Damp each factor and invert it."""
+        A, G = self._averaged_factors()
+        A_damping, G_damping = self._dampings(A, G, damping)
+        damped_A, damped_G = damped_factor(A, A_damping), damped_factor(G, G_damping)
+        if damped_A is None or damped_G is None:
+            return None
+        return {**damped_A.named("A"), **damped_G.named("G")}
+
+    def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
+        """What is added to the diagonals of A and G, `[group, 1, 1]` each.
+
+        `"relative"`: A + ε_A (tr A / d_in) I and G + ε_G (tr G / d_out) I: the damping follows each
+        factor's own mean eigenvalue, so it means the same in every layer and unit. ε = λ + γ d/n,
+        with n the number of rows that the average effectively rests on: a factor from fewer rows
+        than its size is singular, and its sampled spectrum is spread too wide by about d/n, which
+        shrinking towards the multiple of the identity mends (Ledoit & Wolf 2004, A well-conditioned
+        estimator for large-dimensional covariance matrices). The elements of a diagonal are
+        spread by 1/n, like factors of size 1. Where the product of the means is below the floor,
+        G's is raised until it is not.
+
+        `"absolute"`: A + π√λ I and G + (√λ/π) I, π² = (tr A / d_in) / (tr G / d_out), whose product
+        exceeds A ⊗ G + λI by cross terms only (Martens & Grosse 2015, §6.3).
+        """
+        mean_A, mean_G = mean_eigenvalue(A), mean_eigenvalue(G)  # [group, 1, 1]
+        tiny = torch.finfo(self._dtype).tiny
+        if damping.mode == "absolute":
+            pi = (mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny)).sqrt()
+            return damping.value**0.5 * pi, damping.value**0.5 / pi
+        mean_G = torch.maximum(mean_G, damping.floor / mean_A.clamp_min(tiny))
+        shares = self._damping_shares(A, G, damping)
+        return shares[0] * mean_A, shares[1] * mean_G
+
+    def _damping_shares(
+        self, A: Tensor, G: Tensor, damping: BlockDamping
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """ε_A and ε_G of relative damping."""
+        shares = []
+        for matrix, n in zip((A, G), self._sample_sizes(A, G), strict=True):
+            size = 1 if is_diagonal(matrix) else matrix.shape[-1]
+            n = n.clamp_min(1) if isinstance(n, Tensor) else max(n, 1.0)
+            shares.append(damping.value + damping.sampling * size / n)
+        return shares[0], shares[1]
+
+    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """V = G_d⁻¹ M A_d⁻¹ with the damped factors and M the gradient, and G V A.
+
+        With A_d = A + a I the product with the larger factor needs no multiplication, since
+        V A = V A_d - a V = G_d⁻¹ M - a V, nor G V for the same reason if G is larger.
+        """
+        A, G = self.factors
+        M = self._layout.matrix(gradients, self._dtype)
+        if self._layout.inputs >= self._layout.outputs:
+            half = G.solve(M)
+            V = A.solve(half.mT).mT
+            GVA = G.times(half - A.damping * V)
+        else:
+            half = A.solve(M.mT).mT
+            V = G.solve(half)
+            GVA = A.times((half - G.damping * V).mT).mT
+        return (
+            self._layout.parts(V, gradients),
+            self._layout.parts(self._growth * GVA, gradients),
+        )
+
+    def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """G V A with the undamped factors."""
+        A, G = self.factors
+        V = self._layout.matrix(vectors, self._dtype)
+        GVA = self._growth * A.times(G.times(V).mT).mT
+        return self._layout.parts(GVA, vectors)
+
+    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Products of the factors' extreme eigenvalues, over all groups."""
+        A, G = self.factors
+        (a_low, a_high), (g_low, g_high) = A.extremes(), G.extremes()  # [group]
+        a, g = A.damping.reshape(-1), G.damping.reshape(-1)
+        return (
+            (a_low * g_low).min(),
+            (a_high * g_high).max(),
+            ((a_low + a) * (g_low + g)).min(),
+            ((a_high + a) * (g_high + g)).max(),
+        )
