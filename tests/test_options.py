@@ -18,7 +18,7 @@ BAD = {
     "decay": [-0.1, 1.0, None, *NOT_NUMBERS],
     "noise_variance": [0.0, -1.0, None, *NOT_NUMBERS],
     "damping_mode": ["relativ", None, 1],
-    "fisher": ["empirical", "sample", None],
+    "fisher": ["empiric", "sample", None],
     "structure": ["kronecker", "Auto", None],
     "draws": [0, -1, 1.0, True, "1", None],
     "measure_every": [0, 2.5, True],
@@ -30,7 +30,7 @@ BAD = {
 }
 ALLOWED = {
     "damping_mode": ["relative", "absolute"],
-    "fisher": ["sampled", "propagated"],
+    "fisher": ["sampled", "propagated", "exact", "empirical"],
     "structure": ["auto", "diagonal", "identity"],
 }
 

@@ -140,7 +140,7 @@ def test_scores_have_mean_zero_and_the_covariance_of_the_exact_score(name):
     distribution = CASES[name][1](leaf)
     call = observed(distribution, distribution.sample())
     before = torch.get_rng_state()
-    scores = call.draw("propagated", torch.ones(N).double(), generator(1))
+    ((scores, _),) = call.scores("propagated", torch.ones(N).double(), 1, generator(1))
     assert torch.equal(before, torch.get_rng_state())
     (at_theta,) = torch.autograd.grad(call.predictions, leaf, scores)
     size = at_theta.shape[1]
@@ -158,7 +158,7 @@ def test_scores_depend_on_their_generator_alone_and_weigh_by_a_square_root(name)
     call = observed(distribution, distribution.sample())
 
     def at_theta(weights, seed):
-        scores = call.draw("sampled", weights, generator(seed))
+        ((scores, _),) = call.scores("sampled", weights, 1, generator(seed))
         return torch.autograd.grad(call.predictions, leaf, scores, retain_graph=True)[0]
 
     one = at_theta(torch.ones(5).double(), 3)
@@ -247,7 +247,8 @@ def test_every_term_draws_its_own_label_however_the_argument_broadcasts(batch, s
     call = observed(vectors, randn(*sample, 5))
     assert call.likelihood().sample(0).shape == (*shape, 5)
     weights = torch.ones(shape).double().reshape(-1)
-    back = torch.autograd.grad(call.predictions, m, call.draw("sampled", weights, generator()))
+    ((scores, _),) = call.scores("sampled", weights, 1, generator())
+    back = torch.autograd.grad(call.predictions, m, scores)
     assert back[0].shape == m.shape
     assert call.likelihood().kl(call.likelihood()).shape == weights.shape
 

@@ -10,6 +10,7 @@ from ngplugin.curvature.likelihoods.loss_call import (
     Location,
     LossCall,
     divisor_of,
+    last,
     reduction_of,
 )
 
@@ -21,9 +22,9 @@ class Laplace(Likelihood):
         """sign(η - y): either sign with probability one half."""
         return random_signs(self.natural, generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
-        """ε: the Fisher information of the location is 1."""
-        return random_signs(self.natural, generator)
+    def root(self, vector: Tensor) -> Tensor:
+        """The vector itself: the Fisher information of the location is 1."""
+        return vector
 
     def kl(self, other: Likelihood) -> Tensor:
         """|Δη| + exp(-|Δη|) - 1."""
@@ -66,4 +67,5 @@ def read_l1_loss(
         location.observed / scale,
         scale * element,
         divisor,
+        apart=last(location.shape),
     )

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, kl_divergence
 
-from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction
+from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction, random_signs
 from ngplugin.curvature.likelihoods.loss_call import ScoredCall, widened
 
+_DRAWS = 32  # of an exact Fisher
 _SAMPLES = 16  # for each term's KL where it has no closed form
 _SEED = 0  # of those samples: the same for every step that is tried
 _CACHE = "_cached_x_y"  # a transform's last argument and value
@@ -55,17 +56,31 @@ class LogProbCall(ScoredCall):
         """|d(objective)/d(log p)|."""
         return widened(gradient).abs().reshape(-1)
 
-    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Σ_i -√w_i ∇ log p(y_i) with y_i ~ p, whatever the kind.
+    def scores(
+        self, kind: FisherKind, weights: Tensor, draws: int, generator: torch.Generator
+    ) -> Iterator[tuple[list[Tensor], float]]:
+        """Σ_i ∓√w_i ∇ log p(y_i), y_i the data for an empirical Fisher, otherwise drawn from p.
 
-        The square root of the Fisher information is known for no distribution in general.
+        The square root of the Fisher information is known for no distribution in general: an exact
+        one is the mean of many draws.
         """
+        count = _DRAWS if kind == "exact" else draws
+        for _ in range(count):
+            root_w = weights.sqrt()
+            if kind == "empirical":
+                y = self.target
+                root_w = root_w * random_signs(root_w, generator)
+            else:
+                seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+                y = self.likelihood().sample(int(seed))
+            yield self._gradient(y, root_w), 1 / count
+
+    def _gradient(self, y: Tensor, factors: Tensor) -> list[Tensor]:
+        """d/d(each prediction) of Σ_i -c_i log p(y_i)."""
         leaves = [widened(t.detach()).requires_grad_() for t in self.predictions]
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        y = self.likelihood().sample(int(seed))
         with torch.enable_grad():
             nll = -self._with(leaves).log_prob(y).reshape(-1)
-            total = (weights.sqrt() * nll).sum()
+            total = (factors * nll).sum()
         scores = torch.autograd.grad(total, leaves, allow_unused=True)
         return [
             torch.zeros_like(t) if s is None else s for s, t in zip(scores, leaves, strict=True)
