@@ -9,8 +9,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ngplugin.errors import OptionError
-
 #: How the scores of a term are chosen, whose mean square is its H:
 #: "sampled": s = -∇ log p(y) at labels y drawn from the model's own prediction;
 #: "propagated": R ε with H = R Rᵀ and random signs ε, in one go;
@@ -30,10 +28,10 @@ def check_passes(count: int, name: str) -> None:
         name: of the loss.
 
     Raises:
-        OptionError: more than 1,024.
+        ValueError: more than 1,024.
     """
     if count > _MOST_PASSES:
-        raise OptionError(
+        raise ValueError(
             f"fisher='exact' takes {count:,} backward passes for one {name}, a column of the "
             f"output's Fisher information each; at most {_MOST_PASSES:,} are made. Usual cause: a "
             "large vocabulary, or a wide output. Try fisher='propagated', whose scores have the "
@@ -118,15 +116,10 @@ class Likelihood(Prediction):
                 independent signs, so that the square of a sum over them is right on average.
             generator: of the signs.
         """
-        terms = torch.arange(len(self.natural), device=self.natural.device)
         columns = self.natural.shape[1:].numel()
-        passes = apart * columns
-        for i in range(apart):
-            turn = ((terms % apart == i) * passes**0.5).to(self.natural.dtype)  # [terms]
-            for j in range(columns):
-                column = torch.zeros_like(self.natural)
-                column.reshape(len(terms), -1)[:, j] = turn * random_signs(turn, generator)
-                yield self.root(column)
+        like = self.natural.reshape(len(self.natural), columns)
+        for vector in turns(like, apart, generator):
+            yield self.root(vector.view_as(self.natural))
 
     def empirical_score(self, target: Tensor, generator: torch.Generator) -> Tensor:
         """±∇_η -log p(target | η), the shape of η, with an independent sign for each term.
@@ -149,3 +142,21 @@ def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent +1 or -1 with probability one half each, in the shape of `like`."""
     bits = torch.randint(2, like.shape, generator=generator, device=like.device)
     return bits.to(like.dtype).mul_(2).sub_(1)
+
+
+def turns(like: Tensor, apart: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Vectors v whose R v are the columns of every term's R, each times √passes and a random sign.
+
+    Args:
+        like: `[terms, columns]`, as the vectors are to be.
+        apart: how many neighbouring terms take turns; the others have zeros meanwhile.
+        generator: of the signs.
+    """
+    terms, columns = like.shape
+    place = torch.arange(terms, device=like.device) % apart
+    for i in range(apart):
+        own = ((place == i) * (apart * columns) ** 0.5).to(like.dtype)  # [terms]
+        for j in range(columns):
+            vector = torch.zeros_like(like)
+            vector[:, j] = own * random_signs(own, generator)
+            yield vector

@@ -76,7 +76,7 @@ class ScoredCall(ABC):
             generator: source of all randomness.
 
         Raises:
-            OptionError: an exact one would take absurdly many.
+            ValueError: an exact one would take absurdly many.
         """
 
     @abstractmethod
