@@ -128,8 +128,8 @@ class Likelihood(Prediction):
         """
         with torch.enable_grad():
             natural = self.natural.detach().requires_grad_()
-            nll = type(self).nll(self._at(natural), target)
-        (score,) = torch.autograd.grad(nll.sum(), natural)
+            total = self._at(natural).nll(target).sum()
+        (score,) = torch.autograd.grad(total, natural)
         sign = random_signs(score.new_empty(len(score)), generator)
         return score * sign.reshape(-1, *[1] * (score.dim() - 1))
 
@@ -155,7 +155,7 @@ def turns(like: Tensor, apart: int, generator: torch.Generator) -> Iterator[Tens
     terms, columns = like.shape
     place = torch.arange(terms, device=like.device) % apart
     for i in range(apart):
-        own = ((place == i) * (apart * columns) ** 0.5).to(like.dtype)  # [terms]
+        own = (place == i).to(like.dtype) * (apart * columns) ** 0.5  # [terms]
         for j in range(columns):
             vector = torch.zeros_like(like)
             vector[:, j] = own * random_signs(own, generator)

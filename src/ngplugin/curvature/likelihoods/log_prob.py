@@ -83,19 +83,23 @@ class LogProbCall(ScoredCall):
                 nll = functools.partial(self._nll, y)
                 yield gradient(self._wide(), nll, factors), 1 / draws
             return
-        scored, root_w = self._parted(weights)
+        part, shape, root_w = self._parted(weights)
         tensors = self._wide()
 
         def at(others: Sequence[Tensor]) -> Distribution:
-            return self._with(others, scored.distribution)
+            return self._with(others, part)
 
-        root = root_of(tensors, scored.shape, at, lambda n: scored.samples(n, _seed(generator)))
+        def draw(count: int) -> Tensor:
+            # From a copy: what it caches on the way would hide the tensors from `at`.
+            return Scored(at(tensors), shape).samples(count, _seed(generator))
+
+        root = root_of(tensors, shape, at, draw)
         like = root_w.new_empty(1, 1).expand(len(root_w), root.columns)
         if kind == "propagated":
             for _ in range(draws):
                 yield root(root_w[:, None] * random_signs(like, generator)), 1 / draws
             return
-        apart = last(scored.shape) if root.apart else 1
+        apart = last(shape) if root.apart else 1
         check_passes(apart * root.columns, self.name)
         for vector in turns(like, apart, generator):
             yield root(root_w[:, None] * vector), 1 / (apart * root.columns)
@@ -106,21 +110,21 @@ class LogProbCall(ScoredCall):
     def _wide(self) -> list[Tensor]:
         return [widened(t.detach()) for t in self.predictions]
 
-    def _parted(self, weights: Tensor) -> tuple[Scored, Tensor]:
-        """The same as a distribution with one term for each element of its batch, and their √w.
+    def _parted(self, weights: Tensor) -> tuple[Distribution, torch.Size, Tensor]:
+        """The same as a distribution with one term for each element of its batch: its part, √w.
 
         `Independent` ones are taken apart: the information of a sum is the sum. Terms that share
         one element of the batch have the same information, and their weights add up.
         """
-        distribution, w = self._with(self.predictions), weights.reshape(self.shape)
-        batch = distribution.batch_shape
-        if _broadcasts(batch, self.shape) and _says_its_shape(distribution):
+        part, w = self.distribution, weights.reshape(self.shape)
+        batch = part.batch_shape
+        if _broadcasts(batch, self.shape) and _says_its_shape(self._with(self.predictions)):
             w = w.sum_to_size(batch)
-        while isinstance(distribution, Independent) and w.shape == distribution.batch_shape:
-            distribution = distribution.base_dist
-            inner = distribution.batch_shape
+        while isinstance(part, Independent) and w.shape == part.batch_shape:
+            part = part.base_dist
+            inner = part.batch_shape
             w = w.reshape(*w.shape, *[1] * (len(inner) - w.dim())).expand(inner)
-        return Scored(distribution, w.shape), w.reshape(-1).sqrt()
+        return part, w.shape, w.reshape(-1).sqrt()
 
     def detached(self) -> LogProbCall:
         """The same with detached tensors in the distribution."""
@@ -154,7 +158,8 @@ class Scored(Prediction):
         """
         assert isinstance(other, Scored)
         try:
-            exact = kl_divergence(self.distribution, other.distribution)
+            with torch.enable_grad():  # that of a Wishart is made of derivatives
+                exact = kl_divergence(self.distribution, other.distribution).detach()
         except NotImplementedError:
             pass
         else:
