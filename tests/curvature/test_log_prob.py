@@ -252,7 +252,7 @@ def passes(name, kind, weights, draws=1):
         rows.append(torch.autograd.grad(call.predictions, leaf, scores, retain_graph=True)[0])
         shares.append(share)
     own = torch.autograd.grad(-distribution.log_prob(value).sum(), leaf)[0]
-    return torch.stack(rows), torch.tensor(shares).double(), own
+    return torch.stack(rows), torch.tensor(shares, dtype=torch.float64), own
 
 
 @pytest.mark.parametrize("name", CASES)

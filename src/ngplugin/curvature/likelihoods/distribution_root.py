@@ -3,10 +3,10 @@
 A root is R of each term with E_y[s sᵀ] = R Rᵀ and s = -∇ log p(y), the gradient in the tensors that
 the distribution holds. Made of the first that applies:
 
-1. Few outcomes: a column √p(y) s(y) for each of them.
-2. A matrix for each term. E[s sᵀ] is the Hessian of KL(p ‖ q) in the tensors of q at q = p, taken
-   of the KL that torch knows (Kullback 1959, Information Theory and Statistics, §2.6); otherwise
-   the mean over draws.
+1. A matrix for each term, of few elements. E[s sᵀ] is the Hessian of KL(p ‖ q) in the tensors of q
+   at q = p, taken of the KL that torch knows (Kullback 1959, Information Theory and Statistics,
+   §2.6); otherwise the mean over draws.
+2. Few outcomes, fewer than elements or without a KL: a column √p(y) s(y) for each of them.
 3. Many tensor elements a term, or elements that several terms share: the draws are the columns.
 """
 
@@ -129,26 +129,45 @@ def root_of(
         draw: so many labels for each term, `[draws, *shape, *event]`; others at each call.
     """
     outcomes = _outcomes(at(tensors), shape)
-    if outcomes is not None:
-        return OutcomeRoot(tensors, lambda t: outcomes(at(t)))
+    listed = None if outcomes is None else OutcomeRoot(tensors, lambda t: outcomes(at(t)))
     terms = shape.numel()
-    prefixed = all(t.shape[: len(shape)] == shape for t in tensors)
-    small = terms and sum(t.numel() for t in tensors) <= _LARGEST * terms
-    if prefixed and small:
-        y = draw(1)
-        scores = _scores(tensors, at, y, terms)  # [1, terms, elements]
-        # A term's score is its own rows' alone if weighing the terms weighs the rows.
-        weights = 1 + torch.arange(terms, device=scores.device).to(scores) % 7 / 7
-        weighed = gradient(tensors, lambda t: -at(t).log_prob(y).reshape(-1), weights)
-        off = (_rows(weighed, terms) - weights[:, None] * scores[0]).abs().max()
-        if bool(off <= 1e-4 * scores.abs().max()):
-            information = _hessian_of_kl(tensors, at, scores)
-            if information is None:
-                scores = _scores(tensors, at, draw(_DRAWS), terms)
-                information = torch.einsum("kti,ktj->tij", scores, scores) / len(scores)
+    prefixed = terms and all(t.shape[: len(shape)] == shape for t in tensors)
+    elements = sum(t.numel() for t in tensors) // max(terms, 1)
+    # The fewer columns, the less noise in their sum with random signs.
+    if prefixed and elements <= min(_LARGEST, _LARGEST if listed is None else listed.columns):
+        information = _information(tensors, terms, at, draw, sample=listed is None)
+        if information is not None:
             return MatrixRoot(tensors, information)
+    if listed is not None:
+        return listed
     labels = draw(_DRAWS)
     return DrawnRoot(tensors, lambda t: -at(t).log_prob(labels), _DRAWS)
+
+
+def _information(
+    tensors: Sequence[Tensor],
+    terms: int,
+    at: Rebuild,
+    draw: Callable[[int], Tensor],
+    sample: bool,
+) -> Tensor | None:
+    """E[s sᵀ], `[terms, elements, elements]`, from the KL or else, if `sample`, from draws.
+
+    None where terms share elements, so that a score is not its own rows' alone.
+    """
+    y = draw(1)
+    scores = _scores(tensors, at, y, terms)  # [1, terms, elements]
+    # Then weighing the terms would not weigh the rows.
+    weights = 1 + torch.arange(terms, device=scores.device).to(scores) % 7 / 7
+    weighed = gradient(tensors, lambda t: -at(t).log_prob(y).reshape(-1), weights)
+    off = (_rows(weighed, terms) - weights[:, None] * scores[0]).abs().max()
+    if not bool(off <= 1e-4 * scores.abs().max()):
+        return None
+    information = _hessian_of_kl(tensors, at, scores)
+    if information is None and sample:
+        scores = _scores(tensors, at, draw(_DRAWS), terms)
+        information = torch.einsum("kti,ktj->tij", scores, scores) / len(scores)
+    return information
 
 
 def _scores(tensors: Sequence[Tensor], at: Rebuild, y: Tensor, terms: int) -> Tensor:
