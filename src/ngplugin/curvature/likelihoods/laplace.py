@@ -46,7 +46,8 @@ def read_l1_loss(
 ) -> LossCall | None:
     """|a - b|: b times the -log p of a Laplace distribution of scale b.
 
-    The absolute error has no curvature of its own, so what the Fisher matrix is depends on b: the
+    The absolute error has no curvature of its own, so that its generalized Gauss-Newton matrix is
+    zero and libraries of those refuse it. Its Fisher matrix is not, and depends on b: the
     information of the location is 1/b². It is the scale under which the data are likeliest, the
     mean absolute error (Kotz, Kozubowski & Podgórski 2001, The Laplace Distribution, §2.6).
     """
