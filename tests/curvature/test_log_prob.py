@@ -140,7 +140,7 @@ CASES = {
     "Kumaraswamy": (
         2,
         lambda t: D.Kumaraswamy(2 + t[..., 0].exp(), 2 + t[..., 1].exp()),
-        (1e-6, 1 - 1e-6),
+        (1e-3, 1 - 1e-3),
     ),
     "Chi2": (1, lambda t: D.Chi2(4 + t[..., 0].exp()), (1e-9, 120)),
     "InverseGamma": (2, lambda t: D.InverseGamma(9 + t[..., 0].exp(), t[..., 1].exp()), (1e-3, 9)),
