@@ -18,7 +18,7 @@ BAD = {
     "decay": [-0.1, 1.0, None, *NOT_NUMBERS],
     "noise_variance": [0.0, -1.0, None, *NOT_NUMBERS],
     "damping_mode": ["relativ", None, 1],
-    "fisher": ["empirical", "sample", None],
+    "fisher": ["empiric", "sample", None],
     "structure": ["kroneker", "Auto", None],
     "weight_sharing": ["expanded", True, None],
     "max_factor": [0, 2.5, True],
@@ -32,7 +32,7 @@ BAD = {
 }
 ALLOWED = {
     "damping_mode": ["relative", "absolute"],
-    "fisher": ["sampled", "propagated"],
+    "fisher": ["sampled", "propagated", "exact", "empirical", "ggn"],
     "structure": ["auto", "kronecker", "eigen", "diagonal", "identity"],
     "weight_sharing": ["expand", "reduce"],
 }

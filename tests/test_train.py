@@ -93,7 +93,7 @@ def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
     ("override", "expected"),
     [
         ("optimizer.kl_radius=-1", "optimizer: kl_radius=-1: expected a number above 0"),
-        ("optimizer.fisher=exact", "optimizer: fisher='exact': expected one of 'sampled'"),
+        ("optimizer.fisher=full", "optimizer: fisher='full': expected one of 'sampled'"),
         ("trainer.accelerator=abacus", "Available names are: auto"),
         ("trainer.precision=7", "Precision 7 is invalid. Allowed precision values"),
         ("data.batch_size=0", "data: batch_size=0"),

@@ -65,11 +65,14 @@ class NaturalGradientOptimizer(Optimizer):
             units of F's eigenvalues, nats per term.
         sampling_damping: γ, with relative damping: a factor of size d that rests on n rows gets
             γ d/n more, since the spectrum of an average of few rows is spread too wide.
-        fisher: how scores are drawn from the model's own prediction. `"sampled"`: labels from the
-            predictive distribution. `"propagated"`: random signs through the square root of the
-            output's Fisher information, same mean and covariance with far less noise where the
-            prediction is nearly certain.
-        draws: scores for each loss and observed step.
+        fisher: how scores are chosen. `"sampled"`: at labels drawn from the model's own prediction.
+            `"propagated"`: random signs through the square root of the output's Fisher information,
+            same mean and covariance with far less noise where the prediction is nearly certain.
+            `"exact"`: all columns of that root, a backward pass for each class, or for each element
+            along a prediction's last dimension. `"empirical"`: at the data's own labels, which
+            gives another matrix than the Fisher. `"ggn"`: from the loss's own Hessian at the
+            outputs of the last layers, as for every loss that is not recognised.
+        draws: scores for each loss and observed step; an exact Fisher has as many as it needs.
         structure: what is kept of F. `"kronecker"`: two factors for each linear map and each other
             matrix, unit-wise blocks for normalizations, else diagonals. `"eigen"`: for linear maps
             the second moments along the factors' eigenvectors too (EKFAC). `"diagonal"`: diagonal
@@ -264,6 +267,8 @@ class NaturalGradientOptimizer(Optimizer):
                     kind, reason = "identity", "structure='identity'"
                 elif block is not None:
                     kind = block.kind
+                    if self.options.fisher == "empirical" and "empirical" not in kind:
+                        kind = f"empirical {kind}"
                     kept = 0 if id(block) in counted else block.numel()
                     counted.add(id(block))
                 label = (names or {}).get(id(p)) or name or f"parameter {len(rows)}"

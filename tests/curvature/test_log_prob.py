@@ -1,5 +1,6 @@
 """Distributions that are scored by `log_prob`: scores, divergences, weights and training."""
 
+import functools
 import threading
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.likelihoods import read_log_prob
 from tests.oracle import assert_mean_is, generator, observe, randn
 
-N = 20_000
+N = 5_000
 
 
 class Triangle(D.Distribution):
@@ -59,8 +60,30 @@ def triangular(t):
     return diagonal + torch.cat([torch.zeros_like(lower), lower], -2)
 
 
+def wishart(t):
+    return D.Wishart(torch.full(t.shape[:-1], 5.0).to(t), scale_tril=t.exp().diag_embed())
+
+
+def low_rank(t):
+    return D.LowRankMultivariateNormal(t[..., :2], t[..., 2:4, None], t[..., 4:6].exp())
+
+
+def mixed_vectors(t):
+    means = t[..., 2:6].unflatten(-1, (2, 2))
+    return D.MixtureSameFamily(
+        D.Categorical(logits=t[..., :2]), D.Independent(D.Normal(means, 1.0), 1)
+    )
+
+
+FOURS = torch.tensor([[i, j, 4 - i - j] for i in range(5) for j in range(5 - i)]).double()
+AXIS = torch.linspace(-9, 9, 301, dtype=torch.float64)
+PLANE = (torch.cartesian_prod(AXIS, AXIS), (AXIS[1] - AXIS[0]).square())
+WARM = torch.tensor(1.5).double()
+
+
 # Name: size of θ, the distribution of θ [..., size], and where its values lie:
-# how many labels for a discrete one, an interval, or None where its values are vectors.
+# how many labels for a discrete one, all its labels, an interval, a plane, None where the KL is
+# known, or a function: its Fisher information.
 CASES = {
     "Normal": (2, lambda t: D.Normal(t[..., 0], t[..., 1].exp()), (-30, 30)),
     "StudentT": (2, lambda t: D.StudentT(5.0, t[..., 0], t[..., 1].exp()), (-400, 400)),
@@ -92,9 +115,45 @@ CASES = {
         lambda t: D.Independent(D.Normal(t[..., :2], t[..., 2:4].exp()), 1),
         None,
     ),
+    "Laplace": (2, lambda t: D.Laplace(t[..., 0], t[..., 1].exp()), (-60, 60)),
+    "Cauchy": (2, lambda t: D.Cauchy(t[..., 0], t[..., 1].exp()), (-9000, 9000)),
+    "Exponential": (1, lambda t: D.Exponential(t[..., 0].exp()), (1e-9, 60)),
+    "HalfNormal": (1, lambda t: D.HalfNormal(t[..., 0].exp()), (0, 30)),
+    "HalfCauchy": (1, lambda t: D.HalfCauchy(t[..., 0].exp()), (0, 9000)),
+    "Gumbel": (2, lambda t: D.Gumbel(t[..., 0], t[..., 1].exp()), (-20, 80)),
+    "Weibull": (2, lambda t: D.Weibull(t[..., 0].exp(), 2.5 + t[..., 1].exp()), (1e-9, 10)),
+    "Pareto": (1, lambda t: D.Pareto(WARM, 5 + t[..., 0].exp()), (1.5, 90)),
+    "VonMises": (2, lambda t: D.VonMises(t[..., 0], t[..., 1].exp()), (-3.14159265, 3.14159265)),
+    "Geometric": (1, lambda t: D.Geometric(logits=t[..., 0]), 300),
+    "Binomial": (1, lambda t: D.Binomial(5, logits=t[..., 0]), 6),
+    "Multinomial": (3, lambda t: D.Multinomial(4, logits=t), FOURS),
+    "OneHotCategorical": (3, lambda t: D.OneHotCategorical(logits=t), torch.eye(3).double()),
+    "LowRankMultivariateNormal": (6, low_rank, None),
+    "Wishart": (2, wishart, lambda t: 10 * torch.eye(2).double()),  # 2 df in each log scale
+    "RelaxedBernoulli": (
+        1,
+        lambda t: D.RelaxedBernoulli(WARM, logits=t[..., 0]),
+        (1e-9, 1 - 1e-9),
+    ),
+    "ContinuousBernoulli": (1, lambda t: D.ContinuousBernoulli(logits=3 + t[..., 0]), (0, 1)),
+    "Kumaraswamy": (
+        2,
+        lambda t: D.Kumaraswamy(2 + t[..., 0].exp(), 2 + t[..., 1].exp()),
+        (1e-3, 1 - 1e-3),
+    ),
+    "Chi2": (1, lambda t: D.Chi2(4 + t[..., 0].exp()), (1e-9, 120)),
+    "InverseGamma": (2, lambda t: D.InverseGamma(9 + t[..., 0].exp(), t[..., 1].exp()), (1e-3, 9)),
+    "LogisticNormal": (4, lambda t: D.LogisticNormal(t[..., :2], t[..., 2:].exp()), None),
+    "Independent counts": (2, lambda t: D.Independent(D.Poisson(t.exp()), 1), None),
+    "mixture of vectors": (6, mixed_vectors, PLANE),
 }
-ESTIMATED = ["StudentT", "NegativeBinomial", "mixture", "user's own", "transformed"]
-REGISTERED = [name for name in CASES if name not in ESTIMATED]
+# Whose Fisher information is found exactly: by few outcomes, or by the KL that torch knows.
+EXACT = [
+    "Normal", "Poisson", "Categorical", "Categorical of probs", "Bernoulli", "Bernoulli of probs",
+    "Beta", "Gamma", "LogNormal", "Dirichlet", "Independent", "Cauchy", "Exponential",
+    "HalfNormal", "HalfCauchy", "Pareto", "Binomial", "OneHotCategorical", "Chi2", "InverseGamma",
+    "LogisticNormal", "Independent counts",
+]  # fmt: skip
 
 
 def observed(distribution, value):
@@ -108,22 +167,46 @@ def theta(name, *batch):
     return (0.5 * randn(size, seed=size)).expand(*batch, size).clone()
 
 
+def has_kl(name):
+    p, q = (CASES[name][1](theta(name) + step) for step in (0.0, 0.1))
+    try:
+        D.kl_divergence(p, q)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def grid(name):
     where = CASES[name][2]
+    if isinstance(where, torch.Tensor):
+        return where, torch.ones(len(where)).double()
+    if where is PLANE:
+        return PLANE[0], PLANE[1].expand(len(PLANE[0]))
     if isinstance(where, int):
         return torch.arange(where).double(), torch.ones(where).double()
     x = torch.linspace(*where, 400_001, dtype=torch.float64)
-    return x, torch.full_like(x, float(x[1] - x[0]))
+    volume = torch.full_like(x, float(x[1] - x[0]))
+    volume[[0, -1]] /= 2
+    return x, volume
 
 
+@functools.cache
 def exact_fisher(name):
     """E_y[s sᵀ], by quadrature, by adding up over all labels, or as the Hessian of the KL."""
     t = theta(name)
     make = CASES[name][1]
+    if callable(CASES[name][2]):
+        return CASES[name][2](t)
     if CASES[name][2] is None:
         return torch.autograd.functional.hessian(lambda u: D.kl_divergence(make(t), make(u)), t)
     y, volume = grid(name)
-    scores = torch.func.vmap(torch.func.jacrev(lambda u, v: make(u).log_prob(v)), in_dims=(None, 0))
+    score = torch.func.jacrev(lambda u, v: make(u).log_prob(v))
+    scores = torch.func.vmap(score, in_dims=(None, 0))
+    if len(y) < 1000:  # one by one, for some write in place
+
+        def scores(u, v):
+            return torch.stack([score(u, label) for label in v])
+
     D.Distribution.set_default_validate_args(False)
     try:
         s = scores(t, y)
@@ -133,13 +216,19 @@ def exact_fisher(name):
     return torch.einsum("y,yi,yj->ij", p, s, s)
 
 
+REGISTERED = [name for name in CASES if has_kl(name)]
+ESTIMATED = [name for name in CASES if name not in REGISTERED]
+
+
+@pytest.mark.parametrize("kind", ["sampled", "propagated"])
 @pytest.mark.parametrize("name", CASES)
-def test_scores_have_mean_zero_and_the_covariance_of_the_exact_score(name):
+def test_scores_have_mean_zero_and_the_covariance_of_the_exact_score(name, kind):
     leaf = theta(name, N).requires_grad_()
     distribution = CASES[name][1](leaf)
     call = observed(distribution, distribution.sample())
     before = torch.get_rng_state()
-    scores = call.draw("propagated", torch.ones(N).double(), generator(1))
+    ((scores, share),) = call.scores(kind, torch.ones(N).double(), 1, generator(1))
+    assert share == 1
     assert torch.equal(before, torch.get_rng_state())
     (at_theta,) = torch.autograd.grad(call.predictions, leaf, scores)
     size = at_theta.shape[1]
@@ -147,7 +236,81 @@ def test_scores_have_mean_zero_and_the_covariance_of_the_exact_score(name):
     exact = exact_fisher(name)
     squares = at_theta[:, :, None] * at_theta[:, None, :]
     off = (squares.mean(0) - exact).abs()
-    assert (off <= 5 * squares.std(0) / N**0.5 + 1e-4 * exact.abs().max()).all()
+    assert (off <= 5 * squares.std(0) / N**0.5 + 1e-3 * exact.abs().max()).all()
+
+
+def passes(name, kind, weights, draws=1):
+    """Each score at θ, `[passes, terms, size]`, and its share."""
+    leaf = theta(name, len(weights)).requires_grad_()
+    torch.manual_seed(3)
+    distribution = CASES[name][1](leaf)
+    value = distribution.sample()
+    call = observed(distribution, value)
+    rows, shares = [], []
+    for scores, share in call.scores(kind, weights, draws, generator()):
+        rows.append(torch.autograd.grad(call.predictions, leaf, scores, retain_graph=True)[0])
+        shares.append(share)
+    own = torch.autograd.grad(-distribution.log_prob(value).sum(), leaf)[0]
+    return torch.stack(rows), torch.tensor(shares, dtype=torch.float64), own
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_columns_of_a_root_add_up_to_the_fisher_information(name):
+    weights = torch.tensor([1.0, 4.0, 0.0]).double()
+    rows, shares, _ = passes(name, "exact", weights)
+    assert float(shares.sum()) == pytest.approx(1.0)
+    found = torch.einsum("p,pti,ptj->tij", shares, rows, rows)
+    exact = weights[:, None, None] * exact_fisher(name)
+    if name in EXACT:
+        tolerance = 1e-3 if CASES[name][2] is not None else 1e-8
+        assert float((found - exact).abs().max()) <= tolerance * float(exact.abs().max())
+    else:  # from 32 draws a term
+        assert float(found[0].trace() / exact[0].trace()) == pytest.approx(1, abs=0.9)
+        assert not found[2].any()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_empirical_score_is_the_data_s_own_up_to_its_sign(name):
+    weights = torch.tensor([1.0, 4.0, 0.0] * 4).double()
+    rows, shares, own = passes(name, "empirical", weights, draws=2)
+    assert shares.tolist() == [0.5, 0.5]
+    exact = weights.sqrt()[:, None] * own
+    torch.testing.assert_close(rows.abs(), exact.abs().expand_as(rows))
+    signs = (rows * exact).sum(-1).sign()[:, weights > 0]
+    assert signs.unique().tolist() == [-1, 1]
+    assert not torch.equal(signs[0], signs[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "bounds"),
+    [
+        (lambda t: D.Uniform(-t.exp(), t.exp()), "Uniform"),
+        (lambda t: D.Pareto(t.exp(), 3.0), "Pareto"),
+        (lambda t: D.Independent(D.Uniform(-t.exp(), 1.0), 0), "Independent"),
+    ],
+)
+def test_a_support_that_the_model_moves_has_no_fisher_information_and_is_named(make, bounds):
+    leaf = randn(4).abs().requires_grad_()
+    distribution = make(leaf)
+    with pytest.warns(UserWarning, match=f"log_prob of {bounds} says nothing"):
+        assert read_log_prob(distribution, distribution.sample()) is None
+
+
+def test_a_class_that_keeps_its_shape_back_is_understood_all_the_same():
+    class Shapeless(Triangle):
+        def __init__(self, slope):
+            self.slope = slope
+            D.Distribution.__init__(self, validate_args=False)
+
+    slope = (0.3 * torch.ones(N).double()).requires_grad_()
+    weights = torch.ones(N).double()
+    for kind in ("sampled", "propagated"):
+        call = observed(Shapeless(slope), torch.zeros(N).double())
+        ((scores,), _) = next(iter(call.scores(kind, weights, 1, generator())))
+        p = D.Categorical(logits=Triangle(slope[:1].detach())._table()).probs
+        labels = torch.arange(3.0).double()
+        variance = (p * labels.square()).sum() - (p * labels).sum().square()
+        assert_mean_is(scores.square(), variance)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,7 +320,7 @@ def test_scores_depend_on_their_generator_alone_and_weigh_by_a_square_root(name)
     call = observed(distribution, distribution.sample())
 
     def at_theta(weights, seed):
-        scores = call.draw("sampled", weights, generator(seed))
+        ((scores, _),) = call.scores("sampled", weights, 1, generator(seed))
         return torch.autograd.grad(call.predictions, leaf, scores, retain_graph=True)[0]
 
     one = at_theta(torch.ones(5).double(), 3)
@@ -246,7 +409,8 @@ def test_every_term_draws_its_own_label_however_the_argument_broadcasts(batch, s
     call = observed(vectors, randn(*sample, 5))
     assert call.likelihood().sample(0).shape == (*shape, 5)
     weights = torch.ones(shape).double().reshape(-1)
-    back = torch.autograd.grad(call.predictions, m, call.draw("sampled", weights, generator()))
+    ((scores, _),) = call.scores("sampled", weights, 1, generator())
+    back = torch.autograd.grad(call.predictions, m, scores)
     assert back[0].shape == m.shape
     assert call.likelihood().kl(call.likelihood()).shape == weights.shape
 
@@ -346,8 +510,11 @@ def test_what_another_thread_scores_is_none_of_ours():
     assert observation.recognised == 1
 
 
-@pytest.mark.parametrize("kind", ["sampled", "propagated"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "propagated") for name in CASES]
+    + [("Normal", kind) for kind in ("sampled", "exact", "empirical")],
+)
 def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
     torch.manual_seed(0)
     size, make, _ = CASES[name]
@@ -356,7 +523,7 @@ def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, size)).double()
     optimizer = NaturalGradientOptimizer(model.parameters(), fisher=kind)
     losses, measured = [], 0
-    for _ in range(30):
+    for _ in range(6):
         with optimizer.observe():
             loss = -make(model(x)).log_prob(y).mean()
         optimizer.zero_grad()
@@ -366,4 +533,4 @@ def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
         kl = optimizer.report.kl
         measured += kl is not None and 0 < kl < 1
     assert losses[-1] < losses[0] - 0.02
-    assert measured >= 10
+    assert measured == 6

@@ -303,27 +303,20 @@ class Observer(TorchFunctionMode):
         inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
         if not inputs:
             return
-        for _ in range(self._draws):
+        for seeds, share in loss.scores(self._kind, weights, self._draws, self._generator):
             scores = torch.autograd.grad(
                 loss.predictions,
                 inputs,
-                [
-                    g.to(p.dtype)
-                    for g, p in zip(
-                        loss.draw(self._kind, weights, self._generator),
-                        loss.predictions,
-                        strict=True,
-                    )
-                ],
+                [g.to(p.dtype) for g, p in zip(seeds, loss.predictions, strict=True)],
                 retain_graph=True,
                 allow_unused=True,
             )
             for (call, _), score in zip(observation.maps, scores, strict=False):
                 if score is not None:
-                    self._sink.add_map_score(call, score, 1 / self._draws)
+                    self._sink.add_map_score(call, score, share)
             gradients = zip(unmapped, scores[len(observation.maps) :], strict=True)
             self._sink.add_gradient_scores(
-                [(p, score) for p, score in gradients if score is not None], 1 / self._draws
+                [(p, score) for p, score in gradients if score is not None], share
             )
 
     @contextmanager

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
-from ngplugin.curvature.likelihoods.loss_call import LossCall, divisor_of, flat, reduction_of
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
+from ngplugin.curvature.likelihoods.loss_call import LossCall, divisor_of, flat, last, reduction_of
 
 
 class Bernoulli(Likelihood):
@@ -20,11 +20,10 @@ class Bernoulli(Likelihood):
         p = self.natural.sigmoid()
         return p - torch.bernoulli(p, generator=generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
-        """ε √(p (1 - p))."""
+    def root(self, vector: Tensor) -> Tensor:
+        """√(p (1 - p)) v."""
         # sigmoid(-η) is 1 - p without the cancellation.
-        root = (self.natural.sigmoid() * (-self.natural).sigmoid()).sqrt()
-        return root * random_signs(root, generator)
+        return (self.natural.sigmoid() * (-self.natural).sigmoid()).sqrt() * vector
 
     def kl(self, other: Likelihood) -> Tensor:
         """p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q))."""
@@ -66,7 +65,16 @@ def _binary(
         mass = mass * weight
     divisor = divisor_of(reduction, input.numel(), input)
     mass = mass.expand(input.shape).reshape(-1)
-    return LossCall(name, Bernoulli, (input,), natural, scored.reshape(-1), mass, divisor)
+    return LossCall(
+        name,
+        Bernoulli,
+        (input,),
+        natural,
+        scored.reshape(-1),
+        mass,
+        divisor,
+        apart=last(input.shape),
+    )
 
 
 def read_binary_cross_entropy(
@@ -119,4 +127,5 @@ def read_soft_margin_loss(
         (1 + y) / 2,
         torch.ones_like(y),
         divisor,
+        apart=last(shape),
     )

@@ -7,8 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
-from ngplugin.curvature.likelihoods.loss_call import Location, LossCall, divisor_of, reduction_of
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
+from ngplugin.curvature.likelihoods.loss_call import (
+    Location,
+    LossCall,
+    divisor_of,
+    last,
+    reduction_of,
+)
 
 
 class Gaussian(Likelihood):
@@ -23,9 +29,9 @@ class Gaussian(Likelihood):
         """η - y with y ~ N(η, 1): a standard normal draw."""
         return torch.empty_like(self.natural).normal_(generator=generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
-        """ε: the Fisher information of the mean is 1."""
-        return random_signs(self.natural, generator)
+    def root(self, vector: Tensor) -> Tensor:
+        """The vector itself: the Fisher information of the mean is 1."""
+        return vector
 
     def kl(self, other: Likelihood) -> Tensor:
         """½ (η - η')² at unit variance."""
@@ -60,5 +66,12 @@ def read_mse_loss(
     element = mean.elements(weight)
     divisor = divisor_of(reduction_of(size_average, reduce, reduction), element.sum(), input)
     return LossCall(
-        "mse_loss", Gaussian, mean.predictions, mean, mean.observed, 2 * element, divisor
+        "mse_loss",
+        Gaussian,
+        mean.predictions,
+        mean,
+        mean.observed,
+        2 * element,
+        divisor,
+        apart=last(mean.shape),
     )

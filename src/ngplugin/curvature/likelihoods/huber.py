@@ -14,6 +14,7 @@ from ngplugin.curvature.likelihoods.loss_call import (
     Location,
     LossCall,
     divisor_of,
+    last,
     reduction_of,
 )
 
@@ -50,6 +51,9 @@ class Huber(Likelihood):
         super().__init__(natural)
         self.threshold = threshold
 
+    def _at(self, natural: Tensor) -> Huber:
+        return Huber(natural, self.threshold)
+
     def _inside(self) -> Tensor:
         inside, outside = _masses(self.threshold)
         return inside / (inside + outside)
@@ -62,9 +66,9 @@ class Huber(Likelihood):
         inside = torch.empty_like(uniform).uniform_(generator=generator) < self._inside()
         return torch.where(inside, x.clamp_max(a), a) * random_signs(uniform, generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
-        """ε √P(|x| ≤ a)."""
-        return self._inside().sqrt() * random_signs(self.natural, generator)
+    def root(self, vector: Tensor) -> Tensor:
+        """√P(|x| ≤ a) v."""
+        return self._inside().sqrt() * vector
 
     def kl(self, other: Likelihood) -> Tensor:
         """∫₀^Δ (Δ - u) P(|x - u| ≤ a) du.
@@ -150,6 +154,7 @@ def _read(
         location.observed / root,
         factor * s * element,
         divisor_of(reduction, element.numel(), input),
+        apart=last(location.shape),
     )
 
 

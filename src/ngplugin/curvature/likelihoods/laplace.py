@@ -10,6 +10,7 @@ from ngplugin.curvature.likelihoods.loss_call import (
     Location,
     LossCall,
     divisor_of,
+    last,
     reduction_of,
 )
 
@@ -21,9 +22,9 @@ class Laplace(Likelihood):
         """sign(η - y): either sign with probability one half."""
         return random_signs(self.natural, generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
-        """ε: the Fisher information of the location is 1."""
-        return random_signs(self.natural, generator)
+    def root(self, vector: Tensor) -> Tensor:
+        """The vector itself: the Fisher information of the location is 1."""
+        return vector
 
     def kl(self, other: Likelihood) -> Tensor:
         """|Δη| + exp(-|Δη|) - 1."""
@@ -45,7 +46,8 @@ def read_l1_loss(
 ) -> LossCall | None:
     """|a - b|: b times the -log p of a Laplace distribution of scale b.
 
-    The absolute error has no curvature of its own, so what the Fisher matrix is depends on b: the
+    The absolute error has no curvature of its own, so that its generalized Gauss-Newton matrix is
+    zero and libraries of those refuse it. Its Fisher matrix is not, and depends on b: the
     information of the location is 1/b². It is the scale under which the data are likeliest, the
     mean absolute error (Kotz, Kozubowski & Podgórski 2001, The Laplace Distribution, §2.6).
     """
@@ -66,4 +68,5 @@ def read_l1_loss(
         location.observed / scale,
         scale * element,
         divisor,
+        apart=last(location.shape),
     )

@@ -11,17 +11,26 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Transform, kl_divergence
+from torch.distributions import Distribution, Independent, Transform, kl_divergence
+from torch.distributions.constraints import Constraint
 
-from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction
-from ngplugin.curvature.likelihoods.loss_call import ScoredCall, widened
+from ngplugin.curvature.likelihoods.distribution_root import gradient, root_of
+from ngplugin.curvature.likelihoods.likelihood import (
+    FisherKind,
+    Prediction,
+    check_passes,
+    random_signs,
+    turns,
+)
+from ngplugin.curvature.likelihoods.loss_call import ScoredCall, last, widened
 
 _SAMPLES = 16  # for each term's KL where it has no closed form
 _SEED = 0  # of those samples: the same for every step that is tried
@@ -55,31 +64,82 @@ class LogProbCall(ScoredCall):
         """|d(objective)/d(log p)|."""
         return widened(gradient).abs().reshape(-1)
 
-    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Σ_i -√w_i ∇ log p(y_i) with y_i ~ p, whatever the kind.
+    def scores(
+        self, kind: FisherKind, weights: Tensor, draws: int, generator: torch.Generator
+    ) -> Iterator[tuple[list[Tensor], float]]:
+        """Σ_i √w_i s_i in the distribution's tensors.
 
-        The square root of the Fisher information is known for no distribution in general.
+        What `distribution_root` cannot work out exactly, which are distributions of infinitely many
+        outcomes without a registered KL (a mixture, Student's t), an exact Fisher has from 32 draws
+        for each term.
         """
-        leaves = [widened(t.detach()).requires_grad_() for t in self.predictions]
-        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-        y = self.likelihood().sample(int(seed))
-        with torch.enable_grad():
-            nll = -self._with(leaves).log_prob(y).reshape(-1)
-            total = (weights.sqrt() * nll).sum()
-        scores = torch.autograd.grad(total, leaves, allow_unused=True)
-        return [
-            torch.zeros_like(t) if s is None else s for s, t in zip(scores, leaves, strict=True)
-        ]
+        if kind in ("sampled", "empirical"):
+            for _ in range(draws):
+                factors, y = weights.sqrt(), self.target
+                if kind == "empirical":
+                    factors = factors * random_signs(factors, generator)
+                else:
+                    y = self.likelihood().sample(_seed(generator))
+                nll = functools.partial(self._nll, y)
+                yield gradient(self._wide(), nll, factors), 1 / draws
+            return
+        part, shape, root_w = self._parted(weights)
+        tensors = self._wide()
+
+        def at(others: Sequence[Tensor]) -> Distribution:
+            return self._with(others, part)
+
+        def draw(count: int) -> Tensor:
+            # From a copy: what it caches on the way would hide the tensors from `at`.
+            return Scored(at(tensors), shape).samples(count, _seed(generator))
+
+        root = root_of(tensors, shape, at, draw)
+        like = root_w.new_empty(1, 1).expand(len(root_w), root.columns)
+        if kind == "propagated":
+            for _ in range(draws):
+                yield root(root_w[:, None] * random_signs(like, generator)), 1 / draws
+            return
+        apart = last(shape) if root.apart else 1
+        check_passes(apart * root.columns, self.name)
+        for vector in turns(like, apart, generator):
+            yield root(root_w[:, None] * vector), 1 / (apart * root.columns)
+
+    def _nll(self, y: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+        return -self._with(tensors).log_prob(y).reshape(-1)
+
+    def _wide(self) -> list[Tensor]:
+        return [widened(t.detach()) for t in self.predictions]
+
+    def _parted(self, weights: Tensor) -> tuple[Distribution, torch.Size, Tensor]:
+        """The same as a distribution with one term for each element of its batch: its part, √w.
+
+        `Independent` ones are taken apart: the information of a sum is the sum. Terms that share
+        one element of the batch have the same information, and their weights add up.
+        """
+        part, w = self.distribution, weights.reshape(self.shape)
+        batch = part.batch_shape
+        if _broadcasts(batch, self.shape) and _says_its_shape(self._with(self.predictions)):
+            w = w.sum_to_size(batch)
+        while isinstance(part, Independent) and w.shape == part.batch_shape:
+            part = part.base_dist
+            inner = part.batch_shape
+            w = w.reshape(*w.shape, *[1] * (len(inner) - w.dim())).expand(inner)
+        return part, w.shape, w.reshape(-1).sqrt()
 
     def detached(self) -> LogProbCall:
         """The same with detached tensors in the distribution."""
         tensors = tuple(t.detach() for t in self.predictions)
         return replace(self, predictions=tensors, distribution=self._with(tensors))
 
-    def _with(self, tensors: Any) -> Distribution:
+    def _with(self, tensors: Any, distribution: Distribution | None = None) -> Distribution:
+        """This distribution, or a part of it, with other tensors in it."""
         replaced = {id(old): new for old, new in zip(self.predictions, tensors, strict=True)}
-        copy: Distribution = _rebuilt(self.distribution, replaced, {})
+        copy: Distribution = _rebuilt(distribution or self.distribution, replaced, {})
         return copy
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 class Scored(Prediction):
@@ -98,7 +158,8 @@ class Scored(Prediction):
         """
         assert isinstance(other, Scored)
         try:
-            exact = kl_divergence(self.distribution, other.distribution)
+            with torch.enable_grad():  # that of a Wishart is made of derivatives
+                exact = kl_divergence(self.distribution, other.distribution).detach()
         except NotImplementedError:
             pass
         else:
@@ -125,7 +186,15 @@ class Scored(Prediction):
 
     def sample(self, seed: int) -> Tensor:
         """One label for each term, of the shape that `log_prob` takes; leaves all generators be."""
-        batch, k = self.distribution.batch_shape, len(self.shape)
+        return self.samples(1, seed)[0]
+
+    def samples(self, count: int, seed: int) -> Tensor:
+        """So many, `[count, *shape, *event]`."""
+        batch, event, k = (
+            self.distribution.batch_shape,
+            self.distribution.event_shape,
+            len(self.shape),
+        )
         device = next(_tensors(self.distribution)).device
         more, lead = torch.Size(), torch.Size()
         if _broadcasts(batch, self.shape):
@@ -133,23 +202,28 @@ class Scored(Prediction):
             lead = self.shape[: k - len(batch)]
             pairs = zip(self.shape[k - len(batch) :], batch, strict=True)
             more = torch.Size(n // b if b else 1 for n, b in pairs)
+        lead = torch.Size([count]) + lead
         accelerated = [] if device.type == "cpu" else [device]
         kind = "cuda" if device.type == "cpu" else device.type
         with torch.no_grad(), torch.random.fork_rng(accelerated, device_type=kind):
             torch.manual_seed(seed)
-            if all(n == 1 for n in more):
-                return self.distribution.sample(lead)
-            y = self.distribution.sample(lead + more)  # [*lead, *more, *batch, *event]
+            if not _says_its_shape(self.distribution):
+                return torch.stack([self.distribution.sample() for _ in range(count)])
+            y = self.distribution.sample(lead + more if max(more, default=1) > 1 else lead)
+        if all(n == 1 for n in more):
+            return y
+        # y is [*lead, *more, *batch, *event]
         b, at = len(batch), len(lead)
         order = [at + i + j for i in range(b) for j in (0, b)]  # each repetition with its dimension
         y = y.permute(*range(at), *order, *range(at + 2 * b, y.dim()))
-        return y.reshape(*self.shape, *self.distribution.event_shape)
+        return y.reshape(count, *self.shape, *event)
 
 
 def read_log_prob(distribution: Distribution, value: Tensor) -> LogProbCall | None:
     """What scoring `value` says about a prediction, None if nothing depends on a model.
 
-    A distribution that cannot be sampled says nothing either.
+    A distribution that cannot be sampled says nothing either, and one whose support depends on the
+    model has no Fisher information (a `Uniform` of predicted bounds); a warning names that one.
     """
     kind = type(distribution)
     if kind.sample is Distribution.sample and kind.rsample is Distribution.rsample:
@@ -158,6 +232,14 @@ def read_log_prob(distribution: Distribution, value: Tensor) -> LogProbCall | No
     if not tensors:
         return None
     name = f"log_prob of {kind.__name__}"
+    if _has_moving_support(distribution):
+        warnings.warn(
+            f"ngplugin: the {name} says nothing about the Fisher information, which does not exist "
+            "where the support of a distribution depends on what the model predicts. Fix the "
+            "bounds, or score a distribution on the whole line.",
+            stacklevel=2,
+        )
+        return None
     # A copy, since what the user's object works out and caches later would hide the parameters.
     now: Distribution = _rebuilt(distribution, {}, {})
     return LogProbCall(name, tuple(tensors.values()), value.detach(), now)
@@ -208,6 +290,28 @@ def _is_discrete(distribution: Distribution) -> bool:
         return False
 
 
+def _says_its_shape(distribution: Distribution) -> bool:
+    """Whether samples have the shape that is promised; a user's own class may have kept it back."""
+    if type(distribution).__module__.startswith("torch."):
+        return True
+    promised = distribution.batch_shape + distribution.event_shape
+    with torch.no_grad(), torch.random.fork_rng([]):
+        return distribution.sample().shape == promised
+
+
+def _has_moving_support(distribution: Distribution) -> bool:
+    """Whether the support of a distribution, or of one that it is made of, requires grad."""
+    parts = [part for part in _trees(distribution) if isinstance(part, Distribution)]
+    for part in parts:
+        try:
+            support = part.support
+        except NotImplementedError:
+            continue
+        if any(t.requires_grad for t in _tensors(support)):
+            return True
+    return False
+
+
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     """Whether `shape` expands to `to`."""
     trailing = to[len(to) - len(shape) :]
@@ -218,24 +322,28 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _parts(tree: Any) -> list[Any]:
-    """What a distribution, a transform or a container holds; an inverse may lead back to it."""
-    if isinstance(tree, (Distribution, Transform)):
+    """What a distribution or its kin or a container holds; an inverse may lead back to it."""
+    if isinstance(tree, (Distribution, Transform, Constraint)):
         return [value for name, value in vars(tree).items() if name != _CACHE]
     if isinstance(tree, (list, tuple)):
         return [*tree]
     return [*tree.values()] if isinstance(tree, Mapping) else []
 
 
-def _tensors(tree: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """All tensors in a distribution, each once."""
+def _trees(tree: Any, seen: set[int] | None = None) -> Iterator[Any]:
+    """It and everything in it, each once."""
     seen = set() if seen is None else seen
     if id(tree) in seen:
         return
     seen.add(id(tree))
-    if isinstance(tree, Tensor):
-        yield tree
+    yield tree
     for part in _parts(tree):
-        yield from _tensors(part, seen)
+        yield from _trees(part, seen)
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """All tensors in a distribution, each once."""
+    return (part for part in _trees(tree) if isinstance(part, Tensor))
 
 
 def _rebuilt(tree: Any, replaced: Mapping[int, Tensor], copies: dict[int, Any]) -> Any:

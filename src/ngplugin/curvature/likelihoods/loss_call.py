@@ -13,13 +13,18 @@ and returns a `LossCall`, or None where the loss says nothing about a model (no 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import FisherKind, Likelihood, Prediction
+from ngplugin.curvature.likelihoods.likelihood import (
+    FisherKind,
+    Likelihood,
+    Prediction,
+    check_passes,
+)
 
 
 def flat(t: Tensor) -> Tensor:
@@ -56,8 +61,23 @@ class ScoredCall(ABC):
         """
 
     @abstractmethod
-    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """Σ_i √w_i s_i, with a random score s_i of each term, as d/d(each prediction)."""
+    def scores(
+        self, kind: FisherKind, weights: Tensor, draws: int, generator: torch.Generator
+    ) -> Iterator[tuple[list[Tensor], float]]:
+        """Σ_i √w_i s_i as d/d(each prediction), with its share; the shares add up to 1.
+
+        On average over the shares, s_i s_iᵀ is the Fisher information of term i and s_i s_jᵀ is
+        zero: by chance, or over all passes of an exact one.
+
+        Args:
+            kind: how the scores s_i are chosen.
+            weights: w, `[terms]`.
+            draws: how many random ones; an exact Fisher has the number it needs.
+            generator: source of all randomness.
+
+        Raises:
+            ValueError: an exact one would take absurdly many.
+        """
 
     @abstractmethod
     def detached(self) -> ScoredCall:
@@ -78,6 +98,8 @@ class LossCall(ScoredCall):
             `[terms, elements]` where a term has several.
         divisor: what the reduction divides the sum of all elements by; None for `"none"`.
         layout: maps a gradient of the unreduced loss to the shape of `mass`.
+        apart: how many neighbouring terms, those along the prediction's last dimension, an exact
+            Fisher keeps apart.
     """
 
     name: str
@@ -88,6 +110,7 @@ class LossCall(ScoredCall):
     mass: Tensor
     divisor: Tensor | None
     layout: Callable[[Tensor], Tensor] = flat
+    apart: int = 1
 
     def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Likelihood:
         """The family at the natural parameters."""
@@ -103,15 +126,39 @@ class LossCall(ScoredCall):
             weights = gradient * self.mass / self.divisor
         return weights if weights.dim() == 1 else weights.sum(-1)
 
-    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """A score of the natural parameters, carried back to the predictions."""
+    def scores(
+        self, kind: FisherKind, weights: Tensor, draws: int, generator: torch.Generator
+    ) -> Iterator[tuple[list[Tensor], float]]:
+        """Scores of the natural parameters, carried back to the predictions.
+
+        An exact Fisher takes a pass for each natural parameter of a term and each term along the
+        last dimension. So each row of an `[N, D]` output is exact, and with it Kronecker factors of
+        maps that act on rows; where terms of other dimensions meet in one gradient, in a
+        convolution, an attention or a bias, they do so with random signs.
+        """
+        root_w = weights.sqrt()
+        for score, share in self._natural_scores(kind, draws, generator):
+            row_w = root_w.reshape(-1, *[1] * (score.dim() - 1))
+            # A term that does not count may have any score, nan included.
+            yield self.pull_back(torch.where(row_w > 0, row_w * score, 0.0)), share
+
+    def _natural_scores(
+        self, kind: FisherKind, draws: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, float]]:
         likelihood = self.likelihood()
-        score = {
-            "sampled": likelihood.sampled_score,
-            "propagated": likelihood.propagated_score,
-        }[kind](generator)
-        root = weights.sqrt().reshape(-1, *[1] * (score.dim() - 1))
-        return self.pull_back(root * score)
+        if kind == "exact":
+            passes = self.apart * likelihood.natural.shape[1:].numel()
+            check_passes(passes, self.name)
+            for score in likelihood.exact_scores(self.apart, generator):
+                yield score, 1 / passes
+            return
+        for _ in range(draws):
+            if kind == "sampled":
+                yield likelihood.sampled_score(generator), 1 / draws
+            elif kind == "propagated":
+                yield likelihood.propagated_score(generator), 1 / draws
+            else:
+                yield likelihood.empirical_score(self.target, generator), 1 / draws
 
     def detached(self) -> LossCall:
         """The same with detached predictions."""
@@ -123,6 +170,11 @@ class LossCall(ScoredCall):
         with torch.enable_grad():
             natural = self.natural(*(widened(t) for t in leaves))
         return list(torch.autograd.grad(natural, leaves, score))
+
+
+def last(shape: torch.Size) -> int:
+    """How many elements follow one another along the last dimension; 1 if it is the batch's."""
+    return shape[-1] if len(shape) > 1 else 1
 
 
 def widened(t: Tensor) -> Tensor:

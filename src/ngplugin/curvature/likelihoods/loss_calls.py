@@ -1,4 +1,9 @@
-"""The torch loss functions that reveal what a model predicts."""
+"""The torch loss functions that reveal what a model predicts.
+
+Hinges, margins and cosines have no distribution behind them and are left out. So is `ctc_loss`: its
+labels are sums over alignments, whose Fisher information has no short form, and that of its frames,
+as if each alignment were observed, is an upper bound only (what is hidden takes information away).
+"""
 
 from __future__ import annotations
 

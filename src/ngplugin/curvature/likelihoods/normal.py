@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
-from ngplugin.curvature.likelihoods.loss_call import Location, LossCall, divisor_of
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
+from ngplugin.curvature.likelihoods.loss_call import Location, LossCall, divisor_of, last
 
 
 class Normal(Likelihood):
@@ -25,11 +25,10 @@ class Normal(Likelihood):
         z = torch.empty_like(mean).normal_(generator=generator)
         return torch.stack([-z / v.sqrt(), 0.5 * (1 - z.square()) / v], -1)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
-        """(ε₁/√v, ε₂/(√2 v))."""
+    def root(self, vector: Tensor) -> Tensor:
+        """(v₁/√v, v₂/(√2 v))."""
         v = self._split()[1]
-        root = torch.stack([v.rsqrt(), 0.5**0.5 / v], -1)
-        return root * random_signs(root, generator)
+        return torch.stack([v.rsqrt(), 0.5**0.5 / v], -1) * vector
 
     def kl(self, other: Likelihood) -> Tensor:
         """½ (v/v' - 1 - log(v/v') + (m - m')²/v')."""
@@ -88,4 +87,13 @@ def read_gaussian_nll_loss(
         observed = mean.observed
     divisor = divisor_of(reduction, observed.numel(), input)
     mass = torch.ones_like(observed)
-    return LossCall("gaussian_nll_loss", Normal, predictions, natural, observed, mass, divisor)
+    return LossCall(
+        "gaussian_nll_loss",
+        Normal,
+        predictions,
+        natural,
+        observed,
+        mass,
+        divisor,
+        apart=last(shape),
+    )

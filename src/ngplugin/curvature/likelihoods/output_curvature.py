@@ -119,6 +119,18 @@ class OutputCurvature:
             group.scatter(group.values.sqrt() * random_signs(group.values, generator), seeds)
         return seeds
 
+    def slope_root(self, generator: torch.Generator) -> list[Tensor]:
+        """√κ ε g with a random sign ε for every row: covariance κ g gᵀ; κ as for straight rows."""
+        seeds = [torch.zeros_like(t) for t in self.outputs]
+        scale = self._loss_scale()
+        for group in self._groups:
+            plain = replace(group, vectors=None)
+            g = plain.gather(self.slopes)
+            rows = (g != 0).any(1).sum()
+            kappa = rows / (2 * scale) if scale > 0 else torch.zeros_like(self.value)
+            plain.scatter(kappa.sqrt() * random_signs(g[:, :1], generator) * g, seeds)
+        return seeds
+
     def squared_length(self, vectors: Sequence[Tensor]) -> Tensor:
         """VᵀHv, a scalar."""
         parts = [(group.values * group.gather(vectors).square()).sum() for group in self._groups]

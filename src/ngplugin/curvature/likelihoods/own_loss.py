@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -59,9 +59,13 @@ class OwnLoss(ScoredCall):
         """|d(objective)/d(value)|, `[1]`."""
         return gradient.abs().reshape(1).to(self.curvature.value.dtype)
 
-    def draw(self, kind: FisherKind, weights: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """√w |H|^½ ε, whatever the kind."""
-        return [weights.sqrt().reshape(()) * seed for seed in self.curvature.root(generator)]
+    def scores(
+        self, kind: FisherKind, weights: Tensor, draws: int, generator: torch.Generator
+    ) -> Iterator[tuple[list[Tensor], float]]:
+        """√w |H|^½ ε, or ε g of every row if it is to be empirical; there is no exact one."""
+        root = self.curvature.slope_root if kind == "empirical" else self.curvature.root
+        for _ in range(draws):
+            yield [weights.sqrt().reshape(()) * seed for seed in root(generator)], 1 / draws
 
     def detached(self) -> OwnLoss:
         """The same with detached outputs."""

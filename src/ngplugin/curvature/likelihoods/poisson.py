@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
-from ngplugin.curvature.likelihoods.loss_call import LossCall, divisor_of, reduction_of
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
+from ngplugin.curvature.likelihoods.loss_call import LossCall, divisor_of, last, reduction_of
 
 
 class Poisson(Likelihood):
@@ -17,10 +17,9 @@ class Poisson(Likelihood):
         rate = self.natural.exp()
         return rate - torch.poisson(rate, generator=generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
-        """ε √λ."""
-        root = (0.5 * self.natural).exp()
-        return root * random_signs(root, generator)
+    def root(self, vector: Tensor) -> Tensor:
+        """√λ v."""
+        return (0.5 * self.natural).exp() * vector
 
     def kl(self, other: Likelihood) -> Tensor:
         """λ (η - η') - λ + λ'."""
@@ -58,4 +57,7 @@ def read_poisson_nll_loss(
 
     y = target.to(torch.promote_types(input.dtype, torch.float32)).expand(shape).reshape(-1)
     divisor = divisor_of(reduction_of(size_average, reduce, reduction), y.numel(), input)
-    return LossCall("poisson_nll_loss", Poisson, (input,), natural, y, torch.ones_like(y), divisor)
+    mass = torch.ones_like(y)
+    return LossCall(
+        "poisson_nll_loss", Poisson, (input,), natural, y, mass, divisor, apart=last(shape)
+    )
