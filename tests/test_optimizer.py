@@ -582,7 +582,7 @@ def with_dropout():
 
 @pytest.mark.parametrize("split", [6, 13])
 @pytest.mark.parametrize("wrapped", [False, True])
-@pytest.mark.parametrize("structure", ["auto", "diagonal", "identity"])
+@pytest.mark.parametrize("structure", ["auto", "eigen", "diagonal", "identity"])
 def test_a_run_that_is_interrupted_and_resumed_is_the_same_run(structure, wrapped, split):
     def fresh():
         model = with_dropout()
