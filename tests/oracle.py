@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -155,11 +156,18 @@ def kronecker_places(block: KroneckerBlock) -> list[Tensor]:
     Places count over the block's parameters one after another: the weight, then the bias.
     """
     weight = block.parameters[0]
-    places = torch.arange(weight.numel()).reshape(block.groups, weight.shape[0] // block.groups, -1)
+    places = torch.arange(weight.numel())
+    if block.dims is not None:
+        groups, outs, ins = block.dims
+        places = places.reshape(weight.shape).permute(*groups, *outs, *ins)
+        places = places.reshape(block.groups, math.prod(weight.shape[d] for d in outs), -1)
+    else:
+        places = places.reshape(block.groups, weight.shape[0] // block.groups, -1)
     if block.inputs_first:
         places = places.mT
     if len(block.parameters) > 1:
-        bias = weight.numel() + torch.arange(weight.shape[0]).reshape(block.groups, -1, 1)
+        bias = weight.numel() + torch.arange(block.parameters[1].numel())
+        bias = bias.reshape(block.groups, -1, 1)
         places = torch.cat([places, bias], 2)
     return [group.reshape(-1) for group in places]
 

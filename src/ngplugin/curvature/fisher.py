@@ -148,7 +148,7 @@ class Fisher:
             groups = math.lcm(*(call.groups for call in maps))
             if isinstance(old, KroneckerBlock):
                 groups = math.lcm(groups, old.groups)
-            block = KroneckerBlock(weight, bias, groups, first.inputs_first)
+            block = KroneckerBlock(weight, bias, groups, first.inputs_first, first.dims)
             if bias is not None:
                 self._reason[id(bias)] = f"bias of {first.kind}, an input of value 1"
         if not all(block.takes(call) for call in calls):
@@ -340,7 +340,8 @@ class Fisher:
             block: Block
             if saved["kind"] == KroneckerBlock.kind:
                 bias = parameters[1] if len(parameters) > 1 else None
-                block = KroneckerBlock(parameters[0], bias, saved["groups"], saved["inputs_first"])
+                layout = saved["groups"], saved["inputs_first"], saved["dims"]
+                block = KroneckerBlock(parameters[0], bias, *layout)
             elif saved["kind"] == HalfDiagonalBlock.kind:
                 block = HalfDiagonalBlock(parameters[0])
             elif saved["kind"] == UnitBlock.kind:

@@ -193,8 +193,8 @@ class Observer(TorchFunctionMode):
         if loss is not None and result.requires_grad:
             self._watch_loss(loss, mark, result)
         elif self._sink is not None and isinstance(result, Tensor) and result.requires_grad:
-            call = read_map_call(func, args, kwargs)
-            if call and call.weight.requires_grad and id(call.weight) in self._parameters:
+            call = read_map_call(func, args, kwargs, self._parameters)
+            if call and call.weight.requires_grad:
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append((call, get_gradient_edge(result)))
             norm = read_norm_call(func, args, kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
 from ngplugin.curvature.blocks.factor import DampedFactor, mean_eigenvalue
-from ngplugin.curvature.taps import LookupCall, MapCall
+from ngplugin.curvature.taps import Dimensions, LookupCall, MapCall
 
 
 class KroneckerBlock(Block):
@@ -36,7 +38,12 @@ class KroneckerBlock(Block):
     kind = "kronecker"
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, groups: int, inputs_first: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        groups: int,
+        inputs_first: bool = False,
+        dims: Dimensions | None = None,
     ) -> None:
         self.parameters = (weight,) if bias is None else (weight, bias)
         self._bias = bias
@@ -44,6 +51,9 @@ class KroneckerBlock(Block):
         self.inputs_first = inputs_first
         sizes = weight.shape[0] // groups, weight.numel() // weight.shape[0]
         self._out, self._in = sizes[::-1] if inputs_first else sizes
+        self.dims = dims
+        if dims is not None:
+            self._out, self._in = (math.prod(weight.shape[d] for d in part) for part in dims[1:])
         self._in += bias is not None
         self._dtype = curvature_dtype(weight)
         self._added: tuple[Tensor, Tensor, Tensor] | None = None  # Σ aaᵀ, number of rows, Σ ggᵀ
@@ -58,9 +68,11 @@ class KroneckerBlock(Block):
         Groups may be divided further if the outputs come first in memory: then all parts have the
         same inputs.
         """
-        if isinstance(call, LookupCall) or call.inputs_first != self.inputs_first:
+        if isinstance(call, LookupCall):
             return False
-        divided = not call.inputs_first and self.groups % call.groups == 0
+        if (call.inputs_first, call.dims) != (self.inputs_first, self.dims):
+            return False
+        divided = not call.inputs_first and call.dims is None and self.groups % call.groups == 0
         return divided or call.groups == self.groups
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
@@ -228,6 +240,7 @@ class KroneckerBlock(Block):
             "kind": self.kind,
             "groups": self.groups,
             "inputs_first": self.inputs_first,
+            "dims": self.dims,
             "average_A": self._average_A.state_dict(),
             "average_G": self._average_G.state_dict(),
             "average_rows": self._average_rows.state_dict(),
@@ -254,10 +267,13 @@ class KroneckerBlock(Block):
 
     def _as_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Weight (and bias) to `[group, out, in]`, the bias as the last input."""
+        weight = tensors[0]
+        if self.dims is not None:
+            weight = weight.permute(*itertools.chain(*self.dims))
         if self.inputs_first:
-            columns = [tensors[0].reshape(self.groups, -1, self._out).mT]
+            columns = [weight.reshape(self.groups, -1, self._out).mT]
         else:
-            columns = [tensors[0].reshape(self.groups, self._out, -1)]
+            columns = [weight.reshape(self.groups, self._out, -1)]
         if self._bias is not None:
             columns.append(tensors[1].reshape(self.groups, self._out, 1))
         return torch.cat(columns, 2).to(self._dtype)
@@ -266,6 +282,10 @@ class KroneckerBlock(Block):
         weight = matrix if self._bias is None else matrix[:, :, :-1]
         if self.inputs_first:
             weight = weight.mT
+        if self.dims is not None:
+            order = [*itertools.chain(*self.dims)]
+            weight = weight.reshape([like[0].shape[d] for d in order])
+            weight = weight.permute([order.index(d) for d in range(len(order))])
         parts = [weight] if self._bias is None else [weight, matrix[:, :, -1]]
         return [
             part.reshape(t.shape).to(t.dtype).contiguous()

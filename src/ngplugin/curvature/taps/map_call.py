@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+#: Which dimensions of a weight are groups, which outputs, which inputs.
+Dimensions = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
 
 @dataclass(frozen=True)
 class MapCall:
@@ -22,6 +25,7 @@ class MapCall:
         inputs_first: the weight is `[group, in, out]` in memory order instead.
         bias_joins: the bias is added once to each row, as an input of value 1 would be.
         first: the first of the groups that the call applies.
+        dims: the weight's dimensions by their part in the map, where it is in neither order.
     """
 
     kind: str
@@ -33,6 +37,7 @@ class MapCall:
     inputs_first: bool = False
     bias_joins: bool = True
     first: int = 0
+    dims: Dimensions | None = None
 
 
 @dataclass(frozen=True)
