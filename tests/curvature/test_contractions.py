@@ -244,3 +244,20 @@ def test_a_saved_block_of_a_permuted_weight_is_loaded():
     g = randn(4, 3, 2, seed=4)
     ours, theirs = (f.precondition({id(weight): g})[0][id(weight)] for f in (fisher, other))
     assert torch.equal(ours, theirs)
+
+
+def test_an_expert_that_no_row_went_to_keeps_its_average_of_inputs_and_loses_score():
+    """F of it is less by the steps without it, which G says; A is a mean over rows."""
+    weight, x = nn.Parameter(randn(2, 3, 4, seed=1)), randn(5, 4, seed=2)
+    block = KroneckerBlock(weight, None, 2, False, ((0,), (1,), (2,)))
+    for experts in ((0, 1), (0,)):
+        for e in experts:
+            _, observation = observe(
+                [weight], lambda e=e: F.mse_loss(x @ weight[e].T, torch.zeros(5, 3).double())
+            )
+            block.add_map_score(observation.maps[0][0], randn(5, 3, seed=3), 1.0)
+        block.fold(1.0, 0.5)
+    for e in range(2):
+        torch.testing.assert_close(block._average_A.value[e], x.T @ x / 5)
+    used, unused = (G.trace() for G in block._average_G.value)
+    torch.testing.assert_close(unused, used / 3)

@@ -120,6 +120,8 @@ class KroneckerBlock(Block):
         A, G = AA / rows.clamp_min(torch.finfo(self._dtype).tiny), GG / total_weight
         if not finite(A, G):
             return False
+        if self._average_A:  # no rows, as of an expert that no token went to, say nothing of A
+            A = torch.where(rows > 0, A, self._average_A.value)
         self._average_A.update(A, decay)
         self._average_G.update(G, decay)
         self._average_rows.update(rows, decay)
