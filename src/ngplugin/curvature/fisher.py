@@ -63,6 +63,7 @@ class Fisher:
         self._diagonal = diagonal
         self._block_of: dict[int, Block] = {}  # id of the parameter
         self._reason: dict[int, str] = {}
+        self._other_uses: dict[int, bool] = {}  # of weights of maps, where it was looked at
         self._use: dict[int, str] = {}  # of parameters that no map's block holds: what they are
 
     # -- taking scores in (the observer's side) ----------------------------------------------
@@ -76,6 +77,7 @@ class Fisher:
         """
         if self._diagonal:
             return
+        calls = [call for call in calls if not self._other_uses.get(id(call.weight), False)]
         added_by: dict[int, set[int]] = {}
         uses: dict[int, list[MapCall | LookupCall]] = {}
         for call in calls:
@@ -91,6 +93,22 @@ class Fisher:
             ):
                 self._choose(found, block, shared)
         self._pair(norms)
+
+    def compared(self, weight: Tensor) -> bool:
+        """Whether it is known if the weight's maps are all that a prediction has of it."""
+        return id(weight) in self._other_uses
+
+    def compare(self, weight: Tensor, other_uses: bool) -> None:
+        """Learn whether a prediction depends on a weight by other ways than its maps.
+
+        Then the rows of its maps are not its F, and a block of theirs is given up.
+        """
+        self._other_uses[id(weight)] = other_uses
+        block = self._block_of.get(id(weight))
+        if other_uses:
+            self._use[id(weight)] = "used by a linear map and otherwise"
+            for p in block.parameters if isinstance(block, MapBlock) else ():
+                del self._block_of[id(p)]
 
     def _pair(self, norms: Sequence[NormCall]) -> None:
         """Give scale and offset one block, where each is used with no other."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributions import Distribution
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from ngplugin.curvature.composites import opened
@@ -37,7 +38,7 @@ from ngplugin.curvature.likelihoods import (
     watching_log_prob,
 )
 from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
-from ngplugin.curvature.tape import Mark, Tape
+from ngplugin.curvature.tape import Mark, Tape, tensors_in
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall, read_map_call, read_norm_call
 
 
@@ -46,6 +47,12 @@ class ScoreSink(Protocol):
 
     def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
         """Learn which parameters act through which maps and normalizations."""
+
+    def compared(self, weight: Tensor) -> bool:
+        """Whether it is known if the weight's maps are all that a prediction has of it."""
+
+    def compare(self, weight: Tensor, other_uses: bool) -> None:
+        """Learn whether a prediction depends on a weight by other ways than its maps."""
 
     def unmapped(self) -> list[Tensor]:
         """The parameters whose score is wanted as a plain gradient."""
@@ -99,6 +106,7 @@ class Observation:
     tape: Tape | None
     maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
     norms: list[NormCall] = field(default_factory=list)
+    elsewhere: dict[int, Tensor] = field(default_factory=dict)  # entered what is no known map
     scored: list[ScoredLoss] = field(default_factory=list)
     recognised: int = 0  # loss calls seen, scored or not
     seconds: float = 0.0  # spent on the Fisher backward
@@ -179,7 +187,7 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run one torch call of the user's code, and note what it was."""
         kwargs = kwargs or {}
-        if self._paused:
+        if self._paused or any(map(is_lazy, args)):  # a parameter that has yet to be made
             return func(*args, **kwargs)
         body = opened(func) if self._sink is not None else None
         if body is not None:  # its parts are recorded, and not the whole
@@ -194,13 +202,21 @@ class Observer(TorchFunctionMode):
             self._watch_loss(loss, mark, result)
         elif self._sink is not None and isinstance(result, Tensor) and result.requires_grad:
             call = read_map_call(func, args, kwargs, self._parameters)
-            if call and call.weight.requires_grad:
+            if call is None:
+                self._note_other_use(args, kwargs, result)
+            elif call.weight.requires_grad and not call.weight.is_complex():
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append((call, get_gradient_edge(result)))
             norm = read_norm_call(func, args, kwargs)
             if norm and any(id(p) in self._parameters for p in (norm.weight, norm.bias)):
                 self.observation.norms.append(norm)
         return result
+
+    def _note_other_use(self, args: Any, kwargs: Any, result: Tensor) -> None:
+        for t in tensors_in((args, kwargs)):
+            weight = t if t.is_leaf or t._base is None else t._base
+            if id(weight) in self._parameters and result._base is not weight:
+                self.observation.elsewhere[id(weight)] = weight
 
     def _log_prob(
         self, compute: Callable[[], Tensor], distribution: Distribution, value: Tensor
@@ -251,6 +267,7 @@ class Observer(TorchFunctionMode):
         Terms are independent, so the gradient of Σ_i √w_i s_i has the covariance F.
         """
         assert self._sink is not None
+        self._compare(observation, loss.predictions)
         self._sink.assign([call for call, _ in observation.maps], observation.norms)
         unmapped = [p for p in self._sink.unmapped() if p.requires_grad]
         inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
@@ -278,6 +295,44 @@ class Observer(TorchFunctionMode):
             self._sink.add_gradient_scores(
                 [(p, score) for p, score in gradients if score is not None], 1 / self._draws
             )
+
+    def _compare(self, observation: Observation, predictions: Sequence[Tensor]) -> None:
+        """Have the sink know of weights whose maps are not all that the prediction has of them.
+
+        As of a weight that is divided by its own norm, which a product with it computes. Such a
+        weight is told from one that is merely in a penalty too: the rows of its maps do not give
+        the gradient of the prediction.
+        """
+        assert self._sink is not None
+        mapped = {id(call.weight) for call, _ in observation.maps}
+        doubtful = [w for key, w in observation.elsewhere.items() if key in mapped]
+        doubtful = [w for w in doubtful if w.requires_grad and not self._sink.compared(w)]
+        if not doubtful:
+            return
+        calls = [
+            (call, edge)
+            for call, edge in observation.maps
+            if any(call.weight is w for w in doubtful)
+        ]
+        inputs: Any = [*(edge for _, edge in calls), *doubtful]
+        generator = torch.Generator(predictions[0].device).manual_seed(0)
+        scores = torch.autograd.grad(
+            predictions,
+            inputs,
+            [
+                torch.randn(p.shape, generator=generator, dtype=p.dtype, device=p.device)
+                for p in predictions
+            ],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for weight, exact in zip(doubtful, scores[len(calls) :], strict=True):
+            if exact is not None:
+                missing = exact.to_dense() if exact.is_sparse else exact.clone()
+                for (call, _), score in zip(calls, scores, strict=False):
+                    if call.weight is weight and score is not None:
+                        missing -= call.weight_gradient(score)
+                self._sink.compare(weight, bool(missing.norm() > 0.01 * exact.norm()))
 
 
 class _Again(AbstractContextManager[None]):

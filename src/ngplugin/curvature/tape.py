@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Update running statistics among their arguments without raising those tensors' version counters.
@@ -99,6 +100,7 @@ class Tape:
         self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
         self._alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[_Slot, Tensor] = {}  # constants as they were before being written to
+        self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
         self.obstacle: str | None = None  # why this tape cannot be replayed
 
     def run(
@@ -119,7 +121,7 @@ class Tape:
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
         if _changes_first_argument(name, kwargs) or "out" in kwargs:
-            self._keep_original(next(tensors_in([kwargs.get("out"), args])), name)
+            self._keep_original(next(tensors_in([kwargs.get("out"), args, kwargs])), name)
         random = self._random_state()
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
@@ -137,7 +139,10 @@ class Tape:
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
         if name in _WRITES_UNNOTICED:
             changed = [t for t in constants if id(t) not in self._parameters]
-        if any(id(t) in self._parameters for t in changed):
+        rewritten = {id(t) for t in changed} & self._parameters.keys()
+        if rewritten and rewritten <= self._unmade:
+            return result  # its first values, to which a replay shall not go back
+        if rewritten:
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
         autocast = torch.is_autocast_enabled(self._device.type)
         self._calls.append(

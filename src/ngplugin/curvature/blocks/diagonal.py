@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
-from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
+from ngplugin.curvature.blocks.block import (
+    Block,
+    BlockDamping,
+    as_parameter,
+    as_real,
+    curvature_dtype,
+    finite,
+)
 
 
 class DiagonalBlock(Block):
-    """diag(F)/Σw of one parameter.
+    """diag(F)/Σw of one parameter; a complex one is its real and imaginary parts.
 
     With independent scores of mean zero, the gradient g of their weighted sum has covariance F, so
     g² is an unbiased estimate of diag(F): no per-example gradients are needed.
@@ -40,7 +47,7 @@ class DiagonalBlock(Block):
 
     def add_gradient_score(self, score: Tensor, share: float) -> None:
         """Add `share` of g², with g = d(Σ √w s)/d(parameter)."""
-        squared = score.to(self._dtype).square().mul_(share)
+        squared = as_real(score).to(self._dtype).square().mul_(share)
         self._added = squared if self._added is None else self._added.add_(squared)
 
     def discard(self) -> None:
@@ -99,13 +106,15 @@ class DiagonalBlock(Block):
         assert self._damping is not None
         denominator = self._fisher + self._damping
         # A parameter that the prediction does not depend on (0/0) does not move.
-        direction = torch.where(denominator > 0, g.to(self._dtype) / denominator, 0.0)
-        return [direction.to(g.dtype)], [self._fisher * self._growth * direction]
+        direction = torch.where(denominator > 0, as_real(g).to(self._dtype) / denominator, 0.0)
+        product = self._fisher * self._growth * direction
+        return [as_parameter(direction, g)], [as_parameter(product, g)]
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """diag(F) v."""
         assert self._fisher is not None
-        return [self._fisher * self._growth * vectors[0].to(self._dtype)]
+        (v,) = vectors
+        return [as_parameter(self._fisher * self._growth * as_real(v).to(self._dtype), v)]
 
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Smallest and largest element, without and with damping."""
@@ -116,7 +125,7 @@ class DiagonalBlock(Block):
 
     def numel(self) -> int:
         """Average and diagonal."""
-        return 2 * self.parameters[0].numel()
+        return 2 * as_real(self.parameters[0]).numel()
 
     def state_dict(self) -> dict[str, Any]:
         """The average, and the diagonal and damping as of the last refresh."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +12,13 @@ from torch import Tensor
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
 from ngplugin.curvature.blocks.factor import DampedFactor, mean_eigenvalue
-from ngplugin.curvature.taps import Dimensions, LookupCall, MapCall
+from ngplugin.curvature.taps import (
+    Dimensions,
+    LookupCall,
+    MapCall,
+    as_matrices,
+    as_weight,
+)
 
 
 class KroneckerBlock(Block):
@@ -269,26 +274,17 @@ class KroneckerBlock(Block):
 
     def _as_matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Weight (and bias) to `[group, out, in]`, the bias as the last input."""
-        weight = tensors[0]
-        if self.dims is not None:
-            weight = weight.permute(*itertools.chain(*self.dims))
-        if self.inputs_first:
-            columns = [weight.reshape(self.groups, -1, self._out).mT]
-        else:
-            columns = [weight.reshape(self.groups, self._out, -1)]
+        layout = self.groups, self._out, self.inputs_first, self.dims
+        columns = [as_matrices(tensors[0], *layout)]
         if self._bias is not None:
             columns.append(tensors[1].reshape(self.groups, self._out, 1))
         return torch.cat(columns, 2).to(self._dtype)
 
     def _as_parameters(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         weight = matrix if self._bias is None else matrix[:, :, :-1]
-        if self.inputs_first:
-            weight = weight.mT
-        if self.dims is not None:
-            order = [*itertools.chain(*self.dims)]
-            weight = weight.reshape([like[0].shape[d] for d in order])
-            weight = weight.permute([order.index(d) for d in range(len(order))])
-        parts = [weight] if self._bias is None else [weight, matrix[:, :, -1]]
+        parts = [as_weight(weight, like[0].shape, self.inputs_first, self.dims)]
+        if self._bias is not None:
+            parts.append(matrix[:, :, -1])
         return [
             part.reshape(t.shape).to(t.dtype).contiguous()
             for part, t in zip(parts, like, strict=True)

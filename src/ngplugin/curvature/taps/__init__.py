@@ -22,6 +22,8 @@ from ngplugin.curvature.taps.lookups import embedding, embedding_bag
 from ngplugin.curvature.taps.map_call import Dimensions as Dimensions
 from ngplugin.curvature.taps.map_call import LookupCall as LookupCall
 from ngplugin.curvature.taps.map_call import MapCall as MapCall
+from ngplugin.curvature.taps.map_call import as_matrices as as_matrices
+from ngplugin.curvature.taps.map_call import as_weight as as_weight
 from ngplugin.curvature.taps.matrices import (
     addmm,
     addmv,
