@@ -90,6 +90,23 @@ def test_uses_are_compared_once_and_by_no_randomness_of_the_run():
     assert torch.equal(states[0], states[1])
 
 
+@pytest.mark.parametrize("kind", ["kronecker", "half-diagonal kronecker"])
+def test_a_weight_that_no_score_reaches_at_first_waits_for_one(kind):
+    """As the first factor of a low-rank adapter, whose second is zero."""
+    tokens = torch.tensor([0, 1, 2, 2, 4, 1])
+    first = nn.Linear(4, 2, bias=False) if kind == "kronecker" else nn.Embedding(5, 2)
+    second = nn.Linear(2, 3)
+    nn.init.zeros_(second.weight)
+    x = X.float() if kind == "kronecker" else tokens
+    parameters = [first.weight, *second.parameters()]
+    before = first.weight.detach().clone()
+    for steps in (1, 3):
+        optimizer, _ = trained(parameters, lambda: F.mse_loss(second(first(x)), Y.float()), steps)
+        assert optimizer.report.failed_factorizations == 0
+        assert blocks(optimizer) == [kind, "kronecker", "kronecker"]
+        assert torch.equal(first.weight, before) == (steps == 1)
+
+
 # -- gradients and parameters of other kinds -------------------------------------------------------
 
 

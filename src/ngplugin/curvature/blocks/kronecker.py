@@ -172,6 +172,9 @@ class KroneckerBlock(Block):
         `"absolute"`: A + π√λ I and G + (√λ/π) I, π² = (tr A / d_in) / (tr G / d_out), whose product
         exceeds A ⊗ G + λI by cross terms only (Martens & Grosse 2015, §6.3).
         """
+        unseen = self._average_rows.value == 0
+        if unseen.all():
+            return True  # no score has come this way yet: there is nothing to invert
         A, G = self._average_A.value, self._average_G.value
         mean_A, mean_G = mean_eigenvalue(A), mean_eigenvalue(G)  # [group, 1, 1]
         tiny = torch.finfo(self._dtype).tiny
@@ -183,8 +186,7 @@ class KroneckerBlock(Block):
         else:
             pi = (mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny)).sqrt()
             A_damping, G_damping = damping.value**0.5 * pi, damping.value**0.5 / pi
-        unseen = self._average_rows.value == 0
-        if unseen.any() and not unseen.all():
+        if unseen.any():
             # A group that no known map has used yet is scaled as the others are on average.
             seen = ~unseen
             A_damping = torch.where(unseen, mean_A[seen].mean(), A_damping)
