@@ -156,6 +156,13 @@ WITH_BIAS = {
     "addmm": (lambda x, w, b: torch.addmm(b, x, w), (5, 4), (4, 3), (3,), True),
     "addmm, left": (lambda x, w, b: torch.addmm(b, w, x), (4, 5), (3, 4), (3, 1), True),
     "addmm, over rows": (lambda x, w, b: torch.addmm(b, w, x), (4, 5), (3, 4), (5,), False),
+    "addmm, over rows, square": (
+        lambda x, w, b: torch.addmm(b, w, x),
+        (4, 3),
+        (3, 4),
+        (3,),
+        False,
+    ),
     "addmm, table": (lambda x, w, b: torch.addmm(b, x, w), (5, 4), (4, 3), (5, 3), False),
     "addmv": (lambda x, w, b: torch.addmv(b, w, x), (4,), (3, 4), (3,), True),
     "baddbmm": (lambda x, w, b: torch.baddbmm(b, x, w), (2, 5, 4), (2, 4, 3), (2, 1, 3), True),

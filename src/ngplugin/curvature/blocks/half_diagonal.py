@@ -139,8 +139,6 @@ class HalfDiagonalBlock(Block):
 
         D gets one row more in either mode; this takes the place of the sampling damping.
         """
-        if not self._average_rows.value.any():
-            return True  # no score has come this way yet: there is nothing to invert
         D, S = self._average_D.value, self._average_S.value[None]
         tiny = torch.finfo(self._dtype).tiny
         mean_D, mean_S = D.mean(), mean_eigenvalue(S)
