@@ -23,6 +23,7 @@ FLOORS = [
         "curvature.composites",
     },
     {"curvature.blocks", "curvature.observation"},
+    {"curvature.score_backward"},
     {"curvature.observe"},
     {"curvature.block_choice"},
     {"curvature.fisher", "curvature.objective"},

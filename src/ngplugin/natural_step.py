@@ -26,7 +26,7 @@ from ngplugin.momentum import GradientMomentum
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
-from ngplugin.step_group import StepGroup
+from ngplugin.step_group import StepGroup, make_dense
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 
 _FIRST_STEPS = 10  # whose statistics are all taken and whose KL is all measured
@@ -173,6 +173,7 @@ class NaturalGradientStep:
         if all(p.grad is None for group in groups for p in group.parameters):
             self.fisher.discard()
             return
+        make_dense(groups)
         with watching:
             damping = damping_at(self._damping, self.steps)
             dropped, failed = self._update_curvature(groups, observations, damping)
@@ -392,7 +393,8 @@ def _move(moves: Sequence[_Move], scale: float) -> None:
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     dtype = torch.promote_types(a.dtype, b.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
+    a, b = a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)
+    return torch.vdot(a, b).real if dtype.is_complex else torch.dot(a, b)
 
 
 def _sum(parts: Iterable[Tensor]) -> Tensor:

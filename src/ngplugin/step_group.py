@@ -25,3 +25,10 @@ class StepGroup:
     decay: float
     momentum: float
     schedule: float
+
+
+def make_dense(groups: Sequence[StepGroup]) -> None:
+    """Write out the sparse gradients that embeddings may have: a natural gradient is dense."""
+    for p in (p for group in groups for p in group.parameters):
+        if p.grad is not None and p.grad.is_sparse:
+            p.grad = p.grad.to_dense()

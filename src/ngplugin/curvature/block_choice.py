@@ -58,6 +58,7 @@ class BlockChoice:
         self._rule = rule
         self._block_of: dict[int, Block] = {}  # id of the parameter
         self._reason: dict[int, str] = {}
+        self._other_uses: dict[int, bool] = {}  # of weights of maps, where it was looked at
         self._use: dict[int, str] = {}  # of parameters that no map's block holds: what they are
 
     @property
@@ -94,6 +95,7 @@ class BlockChoice:
         """
         if self._rule.structure == "diagonal":
             return
+        calls = [call for call in calls if not self._other_uses.get(id(call.weight), False)]
         added_by: dict[int, set[int]] = {}
         uses: dict[int, list[MapCall | LookupCall]] = {}
         for call in calls:
@@ -110,10 +112,27 @@ class BlockChoice:
                 self._choose(found, block, shared)
         self._pair(norms)
 
+    def compared(self, weight: Tensor) -> bool:
+        """Whether it is known if the weight's maps are all that a prediction has of it."""
+        return id(weight) in self._other_uses
+
+    def compare(self, weight: Tensor, other_uses: bool) -> None:
+        """Learn whether a prediction depends on a weight by other ways than its maps.
+
+        Then the rows of its maps are not its F, and a block of theirs is given up.
+        """
+        self._other_uses[id(weight)] = other_uses
+        if other_uses:
+            self._use[id(weight)] = "used by a linear map and otherwise"
+            block = self.block(weight)
+            for p in block.parameters if isinstance(block, MapBlock) else ():
+                del self._block_of[id(p)]
+
     def unseen(self, parameter: Tensor) -> GradientBlock:
         """Give a parameter a block that a score reaches through no map that is known."""
         use = self._use.get(id(parameter))
-        block = self._gradient_block(parameter, elementwise=use is not None)
+        by_feature = use is not None and not self._other_uses.get(id(parameter), False)
+        block = self._gradient_block(parameter, elementwise=by_feature)
         self.settle(block, [(use or "used by no linear map that is known") + block.note()])
         return block
 
@@ -199,6 +218,7 @@ class BlockChoice:
             first.inputs_first,
             self._rule.max_factor,
             self._rule.weight_sharing,
+            first.dims,
         )
 
     def _joining_bias(self, call: MapCall, shared: set[int]) -> Tensor | None:

@@ -70,6 +70,14 @@ class Fisher:
         """Give the weight of each map, and the parameters of each normalization, a block."""
         self._choice.assign(calls, norms)
 
+    def compared(self, weight: Tensor) -> bool:
+        """Whether it is known if the weight's maps are all that a prediction has of it."""
+        return self._choice.compared(weight)
+
+    def compare(self, weight: Tensor, other_uses: bool) -> None:
+        """Learn whether a prediction depends on a weight by other ways than its maps."""
+        self._choice.compare(weight, other_uses)
+
     def unmapped(self) -> list[Tensor]:
         """The parameters that no map's block holds."""
         return [p for p in self.parameters if not isinstance(self.block(p), MapBlock)]

@@ -58,6 +58,7 @@ class Observation:
     recorded: bool  # whether it is to be replayed
     maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
     norms: list[NormCall] = field(default_factory=list)
+    elsewhere: dict[int, Tensor] = field(default_factory=dict)  # entered what is no known map
     scored: list[ScoredLoss] = field(default_factory=list)
     recognised: int = 0  # loss calls seen, scored or not
     seconds: float = 0.0  # spent on the Fisher backward

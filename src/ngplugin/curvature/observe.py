@@ -25,12 +25,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.distributions import Distribution
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from ngplugin.curvature.composites import opened
@@ -44,32 +45,14 @@ from ngplugin.curvature.likelihoods import (
     watching_log_prob,
 )
 from ngplugin.curvature.observation import Observation, ScoredLoss
+from ngplugin.curvature.recorded_call import tensors_in
+from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
 from ngplugin.curvature.tape import Mark, Tail, Tape
 from ngplugin.curvature.taps import (
     LAYERS,
-    LookupCall,
-    MapCall,
-    NormCall,
     read_map_call,
     read_norm_call,
 )
-
-
-class ScoreSink(Protocol):
-    """What takes the scores in: the Fisher matrix under construction."""
-
-    def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
-        """Learn which parameters act through which maps and normalizations."""
-
-    def unmapped(self) -> list[Tensor]:
-        """The parameters whose score is wanted as a plain gradient."""
-
-    def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
-        """Take d(score)/d(output of a map), counting `share` of a draw."""
-
-    def add_gradient_scores(self, scores: Sequence[tuple[Tensor, Tensor]], share: float) -> None:
-        """Take each parameter with its d(score)/d(parameter), counting `share` of a draw."""
-
 
 #: Those that watch now, the innermost last.
 ACTIVE: list[Observer] = []
@@ -98,9 +81,8 @@ class Observer(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._parameters = {id(p): p for p in parameters}
-        self._sink = sink
+        self._backward = None if sink is None else ScoreBackward(sink, kind, draws, generator)
         self._kind = kind
-        self._draws = draws
         self._generator = generator
         self._paused = False
         self._in_log_prob = False
@@ -145,9 +127,9 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run one torch call of the user's code, and note what it was."""
         kwargs = kwargs or {}
-        if self._paused:
+        if self._paused or any(map(is_lazy, args)):  # a parameter that has yet to be made
             return func(*args, **kwargs)
-        body = opened(func) if self._sink is not None else None
+        body = opened(func) if self._backward is not None else None
         if body is not None:  # its parts are recorded, and not the whole
             with _Again(self):
                 return body(*args, **kwargs)
@@ -161,15 +143,23 @@ class Observer(TorchFunctionMode):
             self._watch_objective(result)
         if loss is not None and mark is not None and result.requires_grad:
             self._watch_loss(loss, mark, result)
-        elif self._sink is not None and isinstance(result, Tensor) and result.requires_grad:
-            call = read_map_call(func, args, kwargs)
-            if call and call.weight.requires_grad and id(call.weight) in self._parameters:
+        elif self._backward is not None and isinstance(result, Tensor) and result.requires_grad:
+            call = read_map_call(func, args, kwargs, self._parameters)
+            if call is None:
+                self._note_other_use(args, kwargs, result)
+            elif call.weight.requires_grad and not call.weight.is_complex():
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append((call, get_gradient_edge(result)))
             norm = read_norm_call(func, args, kwargs)
             if norm and any(id(p) in self._parameters for p in (norm.weight, norm.bias)):
                 self.observation.norms.append(norm)
         return result
+
+    def _note_other_use(self, args: Any, kwargs: Any, result: Tensor) -> None:
+        for t in tensors_in((args, kwargs)):
+            weight = t if t.is_leaf or t._base is None else t._base
+            if id(weight) in self._parameters and result._base is not weight:
+                self.observation.elsewhere[id(weight)] = weight
 
     def _log_prob(
         self, compute: Callable[[], Tensor], distribution: Distribution, value: Tensor
@@ -272,8 +262,8 @@ class Observer(TorchFunctionMode):
     ) -> None:
         weights = loss.weights(gradient)
         likelihood = loss.likelihood()
-        if self._sink is not None:
-            self._backward(observation, loss, weights)
+        if self._backward is not None:
+            self._backward.run(observation, loss, weights)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
 
     def _own_loss(
@@ -291,33 +281,6 @@ class Observer(TorchFunctionMode):
             if curvature.straight < 1.0:
                 break
         return found or (None, None)
-
-    def _backward(self, observation: Observation, loss: ScoredCall, weights: Tensor) -> None:
-        """F = Σ_i w_i J_iᵀ H_i J_i, from scores s_i of mean 0 and covariance H_i.
-
-        Terms are independent, so the gradient of Σ_i √w_i s_i has the covariance F.
-        """
-        assert self._sink is not None
-        self._sink.assign([call for call, _ in observation.maps], observation.norms)
-        unmapped = [p for p in self._sink.unmapped() if p.requires_grad]
-        inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
-        if not inputs:
-            return
-        for seeds, share in loss.scores(self._kind, weights, self._draws, self._generator):
-            scores = torch.autograd.grad(
-                loss.predictions,
-                inputs,
-                [g.to(p.dtype) for g, p in zip(seeds, loss.predictions, strict=True)],
-                retain_graph=True,
-                allow_unused=True,
-            )
-            for (call, _), score in zip(observation.maps, scores, strict=False):
-                if score is not None:
-                    self._sink.add_map_score(call, score, share)
-            gradients = zip(unmapped, scores[len(observation.maps) :], strict=True)
-            self._sink.add_gradient_scores(
-                [(p, score) for p, score in gradients if score is not None], share
-            )
 
     @contextmanager
     def _differentiation(self, on: bool) -> Iterator[None]:

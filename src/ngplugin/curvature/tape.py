@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ngplugin.curvature.recorded_call import (
@@ -88,6 +89,7 @@ class Tape:
         self._alone: set[Slot] = set()  # what was computed from parameters only
         self._made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self._scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
+        self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
         self.obstacle: str | None = None  # why this tape cannot be replayed
 
     def run(
@@ -108,7 +110,7 @@ class Tape:
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
         if changes_first_argument(name, kwargs) or "out" in kwargs:
-            self._keep_original(next(tensors_in([kwargs.get("out"), args])), name)
+            self._keep_original(next(tensors_in([kwargs.get("out"), args, kwargs])), name)
         random = self._random_state()
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
@@ -132,7 +134,10 @@ class Tape:
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
         if name in _WRITES_UNNOTICED:
             changed = [t for t in constants if id(t) not in self._parameters]
-        if any(id(t) in self._parameters for t in changed):
+        rewritten = {id(t) for t in changed} & self._parameters.keys()
+        if rewritten and rewritten <= self._unmade:
+            return result  # its first values, to which a replay shall not go back
+        if rewritten:
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
         autocast = torch.is_autocast_enabled(self._device.type)
         self._calls.append(

@@ -168,5 +168,16 @@ def finite(*tensors: Tensor) -> bool:
 
 
 def curvature_dtype(parameter: Tensor) -> torch.dtype:
-    """The precision in which curvature is kept: the parameter's, but at least float32."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+    """The precision in which curvature is kept: the parameter's, but at least float32; real."""
+    return torch.promote_types(parameter.dtype, torch.float32).to_real()
+
+
+def as_real(t: Tensor) -> Tensor:
+    """A complex tensor as its real and imaginary parts, `[..., 2]`; a real one as it is."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def as_parameter(t: Tensor, like: Tensor) -> Tensor:
+    """Back from `as_real`, in the type of `like`."""
+    t = t.to(like.dtype.to_real())
+    return torch.view_as_complex(t) if like.is_complex() else t

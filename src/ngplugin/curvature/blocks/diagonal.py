@@ -8,12 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from ngplugin.curvature.blocks.averaged import AveragedBlock
-from ngplugin.curvature.blocks.block import BlockDamping, GradientBlock
+from ngplugin.curvature.blocks.block import (
+    BlockDamping,
+    GradientBlock,
+    as_parameter,
+    as_real,
+)
 from ngplugin.curvature.blocks.factor import DiagonalFactor
 
 
 class DiagonalBlock(AveragedBlock, GradientBlock):
-    """diag(F)/Σw of one parameter.
+    """diag(F)/Σw of one parameter; a complex one is its real and imaginary parts.
 
     Args:
         parameter: the parameter.
@@ -35,7 +40,7 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
 
     def add_gradient_scores(self, scores: Sequence[Tensor], share: float) -> None:
         """Add `share` of g²."""
-        self._add("F", scores[0].to(self._dtype).square().mul_(share))
+        self._add("F", as_real(scores[0]).to(self._dtype).square().mul_(share))
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
         """g²/Σw."""
@@ -63,15 +68,20 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
     def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """g / (diag F + λ), and diag(F) times it."""
         factor, (g,) = self._factor(), gradients
-        direction = factor.solve(g.to(self._dtype).reshape(1, -1, 1))
+        real = as_real(g)
+        direction = factor.solve(real.to(self._dtype).reshape(1, -1, 1))
         product = self._growth * factor.times(direction)
-        return [direction.reshape(g.shape).to(g.dtype)], [product.reshape(g.shape).to(g.dtype)]
+        shape = real.shape
+        return [as_parameter(direction.reshape(shape), g)], [
+            as_parameter(product.reshape(shape), g)
+        ]
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """diag(F) v."""
         (v,) = vectors
-        product = self._growth * self._factor().times(v.to(self._dtype).reshape(1, -1, 1))
-        return [product.reshape(v.shape).to(v.dtype)]
+        real = as_real(v)
+        product = self._growth * self._factor().times(real.to(self._dtype).reshape(1, -1, 1))
+        return [as_parameter(product.reshape(real.shape), v)]
 
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Smallest and largest element, without and with damping."""

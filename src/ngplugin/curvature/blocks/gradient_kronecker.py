@@ -43,8 +43,8 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
 
     @staticmethod
     def suits(parameter: Tensor) -> bool:
-        """Whether it has two sides."""
-        return sum(size > 1 for size in parameter.shape) > 1
+        """Whether it has two sides, and is real."""
+        return not parameter.is_complex() and sum(size > 1 for size in parameter.shape) > 1
 
     def note(self) -> str:
         """Which factors are diagonals, for their size."""

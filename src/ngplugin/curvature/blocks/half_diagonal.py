@@ -42,7 +42,9 @@ class HalfDiagonalBlock(KroneckerProductBlock, MapBlock):
 
     def takes(self, call: MapCall | LookupCall) -> bool:
         """Whether the call applies the weight as one matrix."""
-        return isinstance(call, LookupCall) or (call.groups == 1 and call.weight.dim() == 2)
+        return isinstance(call, LookupCall) or (
+            call.groups == 1 and call.weight.dim() == 2 and call.dims is None
+        )
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Add the rows of one call."""

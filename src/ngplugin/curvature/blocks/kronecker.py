@@ -11,7 +11,7 @@ from ngplugin.curvature.blocks.block import BlockDamping, MapBlock
 from ngplugin.curvature.blocks.factor import mean_eigenvalue, second_moment
 from ngplugin.curvature.blocks.kronecker_product import KroneckerProductBlock
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
-from ngplugin.curvature.taps import LookupCall, MapCall
+from ngplugin.curvature.taps import Dimensions, LookupCall, MapCall
 
 #: How rows that share a weight, the tokens or pixels of an example, count.
 WeightSharing = Literal["expand", "reduce"]
@@ -47,6 +47,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         inputs_first: the weight is `[group, in, out]` in memory.
         max_factor: a factor of a larger size keeps its diagonal only.
         weight_sharing: see above.
+        dims: the weight's dimensions by their part in the map, where it is in neither order.
 
     Source: Martens & Grosse 2015 (arXiv:1503.05671) §3, §6.3 for the damping; Grosse & Martens
     2016 (arXiv:1602.01407) §3 for convolutions.
@@ -62,14 +63,16 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         inputs_first: bool = False,
         max_factor: int = 8192,
         weight_sharing: WeightSharing = "expand",
+        dims: Dimensions | None = None,
     ) -> None:
-        layout = MatrixLayout(weight, bias, groups, inputs_first)
+        layout = MatrixLayout(weight, bias, groups, inputs_first, dims)
         super().__init__([weight] if bias is None else [weight, bias], layout)
         self._bias = bias
         self.groups = groups
         self.inputs_first = inputs_first
         self.max_factor = max_factor
         self.weight_sharing = weight_sharing
+        self.dims = dims
 
     def note(self) -> str:
         """Which factors are diagonals, for their size."""
@@ -82,6 +85,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
             "inputs_first": self.inputs_first,
             "max_factor": self.max_factor,
             "weight_sharing": self.weight_sharing,
+            "dims": self.dims,
         }
 
     def takes(self, call: MapCall | LookupCall) -> bool:
@@ -90,9 +94,11 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         Groups may be divided further if the outputs come first in memory: then all parts have the
         same inputs.
         """
-        if isinstance(call, LookupCall) or call.inputs_first != self.inputs_first:
+        if isinstance(call, LookupCall):
             return False
-        divided = not call.inputs_first and self.groups % call.groups == 0
+        if (call.inputs_first, call.dims) != (self.inputs_first, self.dims):
+            return False
+        divided = not call.inputs_first and call.dims is None and self.groups % call.groups == 0
         return divided or call.groups == self.groups
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
@@ -139,12 +145,20 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
         """Σ aaᵀ / rows, Σ ggᵀ / Σw, and the number of rows, `[group, 1, 1]`."""
-        rows = added["rows"].clamp_min(torch.finfo(self._dtype).tiny)
+        rows = added["rows"]  # [group, 1, 1]
+        shape = -1, *[1] * (added["A"].dim() - 1)
+        A = added["A"] / rows.clamp_min(torch.finfo(self._dtype).tiny).reshape(shape)
+        if self.ready:  # no rows, as of an expert that no token went to, say nothing of A
+            A = torch.where(rows.reshape(shape) > 0, A, self.average("A"))
         return {
-            "A": added["A"] / rows.reshape(-1, *[1] * (added["A"].dim() - 1)),
+            "A": A,
             "G": added["G"] / total_weight,
-            "rows": added["rows"],
+            "rows": rows,
         }
+
+    def refresh(self, damping: BlockDamping) -> bool:
+        """Invert the damped average, if any score has come this way yet."""
+        return bool((self.average("rows") == 0).all()) or super().refresh(damping)
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """A group that no known map has used yet is scaled as the others are on average."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from ngplugin.curvature.taps import Dimensions, as_matrices, as_weight
 
 
 class MatrixLayout:
@@ -16,6 +19,7 @@ class MatrixLayout:
         bias: one element an output.
         groups: number of matrices.
         inputs_first: see `weight`.
+        dims: its dimensions by their part in the map, where it is in neither order.
     """
 
     def __init__(
@@ -24,12 +28,16 @@ class MatrixLayout:
         bias: Tensor | None = None,
         groups: int = 1,
         inputs_first: bool = False,
+        dims: Dimensions | None = None,
     ) -> None:
         self.groups = groups
         self.inputs_first = inputs_first
+        self.dims = dims
         self._with_bias = bias is not None
         sizes = weight.shape[0] // groups, weight.numel() // max(1, weight.shape[0])
         self.outputs, self.inputs = sizes[::-1] if inputs_first else sizes
+        if dims is not None:
+            self.outputs, self.inputs = (math.prod(weight.shape[d] for d in p) for p in dims[1:])
         self.inputs += self._with_bias
 
     def oversized(self, max_factor: int) -> str:
@@ -43,10 +51,8 @@ class MatrixLayout:
 
     def matrix(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Tensors of the parameters' shapes to `[group, out, in]`."""
-        if self.inputs_first:
-            columns = [tensors[0].reshape(self.groups, -1, self.outputs).mT]
-        else:
-            columns = [tensors[0].reshape(self.groups, self.outputs, -1)]
+        layout = self.groups, self.outputs, self.inputs_first, self.dims
+        columns = [as_matrices(tensors[0], *layout)]
         if self._with_bias:
             columns.append(tensors[1].reshape(self.groups, self.outputs, 1))
         return torch.cat(columns, 2).to(dtype)
@@ -54,9 +60,9 @@ class MatrixLayout:
     def parts(self, matrix: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
         """`[group, out, in]` to tensors of the parameters' shapes, in the dtypes of `like`."""
         weight = matrix[:, :, :-1] if self._with_bias else matrix
-        if self.inputs_first:
-            weight = weight.mT
-        parts = [weight, matrix[:, :, -1]] if self._with_bias else [weight]
+        parts = [as_weight(weight, like[0].shape, self.inputs_first, self.dims)]
+        if self._with_bias:
+            parts.append(matrix[:, :, -1])
         return [
             part.reshape(t.shape).to(t.dtype).contiguous()
             for part, t in zip(parts, like, strict=True)

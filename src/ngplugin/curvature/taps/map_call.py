@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+#: Which dimensions of a weight are groups, which outputs, which inputs.
+Dimensions = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,7 @@ class MapCall:
         inputs_first: the weight is `[group, in, out]` in memory order instead.
         bias_joins: the bias is added once to each row, as an input of value 1 would be.
         first: the first of the groups that the call applies.
+        dims: the weight's dimensions by their part in the map, where it is in neither order.
     """
 
     kind: str
@@ -33,6 +38,15 @@ class MapCall:
     inputs_first: bool = False
     bias_joins: bool = True
     first: int = 0
+    dims: Dimensions | None = None
+
+    def weight_gradient(self, score: Tensor) -> Tensor:
+        """What the rows say d(score)/d(weight) is, the gradient at the output being given."""
+        a, g = self.input_rows().flatten(1, 2), self.score_rows(score).flatten(1, 2)
+        matrices = g.mT @ a.to(g.dtype)
+        whole = matrices.new_zeros(self.groups, *matrices.shape[1:])
+        whole[self.first : self.first + len(matrices)] = matrices
+        return as_weight(whole, self.weight.shape, self.inputs_first, self.dims)
 
 
 @dataclass(frozen=True)
@@ -51,3 +65,32 @@ class LookupCall:
     weight: Tensor
     indices: Tensor
     score_rows: Callable[[Tensor], Tensor]
+
+    def weight_gradient(self, score: Tensor) -> Tensor:
+        """What the rows say d(score)/d(weight) is, the gradient at the output being given."""
+        g = self.score_rows(score)
+        return g.new_zeros(self.weight.shape).index_add_(0, self.indices, g)
+
+
+def as_matrices(
+    weight: Tensor, groups: int, outs: int, inputs_first: bool, dims: Dimensions | None
+) -> Tensor:
+    """A weight, or its gradient, as `[group, out, in]`; the layout as of a `MapCall`."""
+    if dims is not None:
+        weight = weight.permute(*itertools.chain(*dims))
+    if inputs_first:
+        return weight.reshape(groups, -1, outs).mT
+    return weight.reshape(groups, outs, -1)
+
+
+def as_weight(
+    matrices: Tensor, shape: Sequence[int], inputs_first: bool, dims: Dimensions | None
+) -> Tensor:
+    """Back from `as_matrices`, to the weight's own shape."""
+    if inputs_first:
+        matrices = matrices.mT
+    if dims is None:
+        return matrices.reshape(*shape)
+    order = [*itertools.chain(*dims)]
+    permuted = matrices.reshape([shape[d] for d in order])
+    return permuted.permute([order.index(d) for d in range(len(order))])
