@@ -82,8 +82,7 @@ def load() -> tuple[Tensor, Tensor, Tensor]:
     rows = rows[((sizes > 0) & (sizes <= 20)).all(axis=1)]
     numbers = torch.tensor(rows[list(NUMBERS)].to_numpy(float))
     grades = [
-        torch.tensor((rows[name].to_numpy(str)[:, None] == levels))
-        for name, levels in GRADES.items()
+        torch.tensor(rows[name].to_numpy(str)[:, None] == levels) for name, levels in GRADES.items()
     ]
     price = torch.tensor(rows["price"].to_numpy(float))
     return numbers.float(), torch.cat(grades, dim=1).float(), price.log().float()
