@@ -67,8 +67,8 @@ def test_data(name: str, compose_config: Compose) -> None:
     assert data.seed == 3
 
 
-@pytest.mark.parametrize("name", options("model"))
-def test_models(name: str, compose_config: Compose) -> None:
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_models_of_images(name: str, compose_config: Compose) -> None:
     network = instantiate(compose_config(f"model={name}").model, shape=(1, 28, 28), classes=10)
     assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
@@ -111,6 +111,14 @@ def test_trainers_with_callbacks(name: str, callbacks: str, compose_config: Comp
 @pytest.mark.parametrize("name", options("experiment"))
 def test_experiments_compose(name: str, compose_config: Compose) -> None:
     assert not OmegaConf.missing_keys(compose_config(f"experiment={name}"))
+
+
+def test_every_choice_but_the_optimizer_is_used_by_an_experiment(compose_config: Compose) -> None:
+    for group in ("data", "model", "task"):
+        targets = {OmegaConf.load(CONF / group / f"{n}.yaml")._target_ for n in options(group)}
+        composed = [compose_config(), compose_config("data=digits")]
+        composed += [compose_config(f"experiment={name}") for name in options("experiment")]
+        assert {cfg[group]._target_ for cfg in composed} == targets
 
 
 def test_natgrad_brings_its_callback_and_no_other_optimizer_does(compose_config: Compose) -> None:

@@ -23,9 +23,10 @@ GRADES = {
 class Diamonds(SplitData):
     """What is known of a diamond [26], and the logarithm of its price [].
 
-    The price is in units of the training diamonds' geometric mean. Weight and sizes have mean 0 and variance 1 over the training diamonds; each grade of cut,
-    colour and clarity is a number that is 0 or 1. Rows that stand twice are taken once, and those
-    with a size that cannot be (0, or above 20 mm) not at all.
+    The price is in units of the training diamonds' geometric mean. Over them, weight and sizes have
+    mean 0 and variance 1; each grade of cut, colour and clarity is a number that is 0 or 1. Rows
+    that stand twice are taken once, and those with a size that cannot be (0, or above 20 mm) not
+    at all.
 
     Args:
         batch_size: diamonds in a training step.
