@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -151,7 +152,8 @@ def run(course: Course, name: str, lr: float, seed: int, schedule: str) -> Curve
 
 def make(course: Course, seed: int) -> tuple[SplitData, Task]:
     """The data and the module of a course, with the weights and batches of a seed."""
-    config = config_of(course, seed)
+    config = config_of(course.overrides).copy()
+    config.seed = seed
     torch.manual_seed(seed)
     data, module = make_task(config)
     if config.trainer.precision == "64-true":
@@ -159,10 +161,11 @@ def make(course: Course, seed: int) -> tuple[SplitData, Task]:
     return data, module
 
 
-def config_of(course: Course, seed: int) -> DictConfig:
+@functools.cache
+def config_of(overrides: tuple[str, ...]) -> DictConfig:
     """Composed as `train.py` would."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", [*course.overrides, f"seed={seed}", "optimizer=adamw"])
+        return compose("train", [*overrides, "optimizer=adamw"])
 
 
 def in_precision(batch: Any, module: Task) -> Any:

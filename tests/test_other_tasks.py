@@ -421,7 +421,7 @@ def test_the_order_of_batches_is_the_seeds() -> None:
     assert drawn(Numbers(4, seed=0)) == drawn(Numbers(4, seed=0)) != drawn(Numbers(4, seed=1))
     assert [len(batch) for batch in drawn(Numbers(4))] == [4, 4]  # whole ones only
     again = drawn(Numbers(5, steps=4))
-    assert sorted(sum(again[:2], [])) == sorted(sum(again[2:], [])) == list(range(10))
+    assert sorted(again[0] + again[1]) == sorted(again[2] + again[3]) == list(range(10))
     with pytest.raises(ValueError, match="batch_size=2, steps=0: expected positive"):
         Numbers(2, steps=0)
 
