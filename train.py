@@ -28,8 +28,9 @@ def job(cfg: DictConfig) -> float:
         chosen = hydra_config.runtime.choices
         title = f"{chosen.optimizer} on {chosen.data} with {chosen.model}, seed {cfg.seed}"
         show_results(title, results, folder)
-        if cfg.metric not in results:
-            choices = ", ".join(sorted(results))
+        numbers = {name for name, value in results.items() if isinstance(value, (int, float))}
+        if cfg.metric not in numbers:
+            choices = ", ".join(sorted(numbers))
             raise CommandLineError(f"metric={cfg.metric}: expected one of {choices}")
     return float(results[cfg.metric])
 

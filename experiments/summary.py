@@ -32,9 +32,9 @@ def show_results(title: str, results: Mapping[str, Any], folder: Path) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
-    for name in ("test/accuracy", "test/loss", "val/accuracy", "val/loss", "train/loss"):
-        if name in results:
-            table.add_row(name, f"{results[name]:.4f}")
+    for stage in ("test", "val", "train"):
+        for name in sorted(n for n in results if n.startswith(f"{stage}/")):
+            table.add_row(name, _number(results[name]))
     table.add_row("seconds of training", f"{results['seconds']:.1f}")
     table.add_row("steps", f"{results['steps']:,}")
     if "natgrad/kl_mean" in results:
@@ -43,6 +43,11 @@ def show_results(title: str, results: Mapping[str, Any], folder: Path) -> None:
     console.print(table)
     # Never wrapped: a path is there to be copied.
     console.print(f"Written to {folder}", soft_wrap=True, highlight=False)
+
+
+def _number(value: float) -> str:
+    """Four places, or where these are zeros four digits."""
+    return f"{value:.4f}" if abs(value) >= 0.01 else f"{value:.3e}"
 
 
 def _add_natural_gradient(table: Table, results: Mapping[str, Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 import ngplugin
 from experiments.command_line import CommandLineError, made_from
 from experiments.summary import write_results
-from experiments.tasks.classifier import Classifier
+from experiments.tasks.splits import SplitData
+from experiments.tasks.task import Task
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -46,22 +49,13 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         torch.set_num_threads(cfg.threads)
     with made_from("seed"):
         L.seed_everything(cfg.seed, workers=True, verbose=False)
-    with made_from("data"):
-        data = _make(cfg.data)
-        data.setup()
-    with made_from("model"):
-        network = _make(cfg.model, shape=data.shape, classes=data.classes)
-    with made_from("optimizer"):
-        optimizer = _make(cfg.optimizer)
-        optimizer(network.parameters())  # a bad option is told now, not in the middle of fit
-    with made_from("schedule"):
-        scheduler = _make(cfg.schedule)
+    data, module = make_task(cfg)
     with made_from("callbacks"):
         callbacks = [_make(node) for node in (cfg.get("callbacks") or {}).values() if node]
     with _loggers(cfg) as loggers, _misconfiguration_is_the_users():
         trainer = _make_trainer(cfg, callbacks, loggers)
-        module = Classifier(network, data.classes, optimizer, scheduler)
         results = _fit_and_test(trainer, module, data)
+    results |= {f"data/{name}": value for name, value in data.facts.items()}
     for callback in callbacks:
         if isinstance(callback, ngplugin.NaturalGradient):
             results |= {f"natgrad/{name}": value for name, value in callback.summary().items()}
@@ -69,9 +63,52 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return results
 
 
+def make_task(cfg: DictConfig) -> tuple[SplitData, Task]:
+    """Make the data and the module that learns from them, as a config describes them.
+
+    Raises:
+        CommandLineError: a value in the config cannot work.
+    """
+    with made_from("data"):
+        data = _make(cfg.data)
+        data.setup()
+    with made_from("model"):
+        network = _make_network(cfg.model, data.dimensions)
+    with made_from("optimizer"):
+        optimizer = _make(cfg.optimizer)
+    with made_from("schedule"):
+        scheduler = _make(cfg.schedule)
+    with made_from("task"):
+        module = _make(cfg.task)(network=network, optimizer=optimizer, scheduler=scheduler)
+    with made_from("optimizer"):
+        optimizer(module.parameters())  # a bad option is told now, not in the middle of fit
+    return data, module
+
+
 def _make(node: DictConfig, **more: Any) -> Any:
     # Plain lists and dicts: OmegaConf's own could end up in checkpoints, which then do not load.
     return instantiate(node, _convert_="all", **more)
+
+
+def _make_network(node: DictConfig, dimensions: Mapping[str, Any]) -> nn.Module:
+    """A network is told those of the data's dimensions that it has arguments for.
+
+    Raises:
+        ValueError: it asks for one that these data do not have.
+    """
+    factory = _make(node, _partial_=True)
+    arguments = inspect.signature(factory).parameters
+    missing = [
+        name
+        for name, argument in arguments.items()
+        if argument.default is argument.empty and name not in dimensions
+    ]
+    if missing:
+        raise ValueError(
+            f"{node._target_} needs {' and '.join(missing)}, but these data have "
+            f"{', '.join(dimensions)}; choose another model= or data=, or an experiment="
+        )
+    return factory(**{k: v for k, v in dimensions.items() if k in arguments})  # type: ignore[no-any-return]
 
 
 def _make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
@@ -88,9 +125,7 @@ def _make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
     return trainer  # type: ignore[no-any-return]
 
 
-def _fit_and_test(
-    trainer: L.Trainer, module: Classifier, data: L.LightningDataModule
-) -> dict[str, Any]:
+def _fit_and_test(trainer: L.Trainer, module: Task, data: L.LightningDataModule) -> dict[str, Any]:
     started = time.perf_counter()
     trainer.fit(module, datamodule=data)
     results: dict[str, Any] = {"seconds": time.perf_counter() - started}

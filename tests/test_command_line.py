@@ -24,11 +24,20 @@ def message(*arguments: str) -> str:
     ("arguments", "expected"),
     [
         ("optimizer=adamm", "optimizer=adamm: expected one of adam, adamw, muon, natgrad, sgd"),
-        ("data=cifar", "data=cifar: expected one of digits, fashion_mnist, mnist5k"),
-        ("model=null", "model=null: expected one of cnn, mlp"),
+        (
+            "data=cifar",
+            "data=cifar: expected one of characters, diamonds, digits, f",
+        ),
+        ("model=null", "model=null: expected one of autoencoder, cnn, "),
         ("callbacks=[default,foo]", "callbacks=foo: expected one of default, natgrad, none"),
-        ("experiment=null", "experiment=null: expected one of digits_mlp, fashion_cnn"),
-        ("experiment=foo", "experiment=foo: expected one of digits_mlp, fashion_cnn"),
+        (
+            "experiment=null",
+            "experiment=null: expected one of autoencoder, char_transformer",
+        ),
+        (
+            "experiment=foo",
+            "experiment=foo: expected one of autoencoder, char_transformer",
+        ),
         (
             "optimizer=adamw optimizer.learning_rate=1",
             "optimizer.learning_rate=1: no such key, expected one of optimizer.lr, "

@@ -67,8 +67,8 @@ def test_data(name: str, compose_config: Compose) -> None:
     assert data.seed == 3
 
 
-@pytest.mark.parametrize("name", options("model"))
-def test_models(name: str, compose_config: Compose) -> None:
+@pytest.mark.parametrize("name", ["cnn", "mlp"])
+def test_models_of_images(name: str, compose_config: Compose) -> None:
     network = instantiate(compose_config(f"model={name}").model, shape=(1, 28, 28), classes=10)
     assert network(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
@@ -111,6 +111,15 @@ def test_trainers_with_callbacks(name: str, callbacks: str, compose_config: Comp
 @pytest.mark.parametrize("name", options("experiment"))
 def test_experiments_compose(name: str, compose_config: Compose) -> None:
     assert not OmegaConf.missing_keys(compose_config(f"experiment={name}"))
+
+
+@pytest.mark.parametrize("group", ["data", "model", "task"])
+def test_every_choice_is_a_default_or_used_by_an_experiment(group: str) -> None:
+    defaults = [d for d in OmegaConf.load(CONF / "train.yaml").defaults if d != "_self_"]
+    for name in options("experiment"):
+        defaults += OmegaConf.load(CONF / "experiment" / f"{name}.yaml").defaults
+    chosen = {v for d in defaults for k, v in dict(d).items() if k.endswith(group)}
+    assert chosen == set(options(group))
 
 
 def test_natgrad_brings_its_callback_and_no_other_optimizer_does(compose_config: Compose) -> None:

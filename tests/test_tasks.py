@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from experiments.tasks.digits import Digits
 from experiments.tasks.fashion_mnist import FashionMNIST, read_idx
 from experiments.tasks.images import ImageData
 from experiments.tasks.mnist5k import MNIST5k
-from experiments.tasks.networks import cnn, mlp
+from experiments.tasks.networks import cnn, dense, mlp
 from experiments.tasks.schedules import cosine
 
 
@@ -44,23 +45,30 @@ def test_splits_are_disjoint_normalised_and_hold_every_class(
     module.setup()
     sizes = {name: len(split) for name, split in module.splits.items()}
     assert sizes == {"train": total - 500, "val": 200, "test": 300}
-    images = torch.cat([split.images.flatten(1) for split in module.splits.values()])
+    images = torch.cat([split.tensors[0].flatten(1) for split in module.splits.values()])
     whole = data(val_size=1, test_size=1)
     # No image is lost, none is twice: as many different ones as in the data set as it came.
     assert len(images.unique(dim=0)) == len(whole.load()[0].flatten(1).unique(dim=0))
-    train = module.splits["train"].images
+    train = module.splits["train"].tensors[0]
     assert train.mean().item() == pytest.approx(0, abs=1e-5)
     assert train.std().item() == pytest.approx(1, abs=1e-5)
     assert train.shape[1:] == module.shape
     for split in module.splits.values():
-        assert split.labels.unique().tolist() == list(range(10))
+        assert split.tensors[1].unique().tolist() == list(range(10))
+
+
+def test_unit_pixels_reach_from_0_to_1() -> None:
+    module = Digits(pixels="unit")
+    module.setup()
+    pixels = torch.cat([split.tensors[0].flatten() for split in module.splits.values()])
+    assert (pixels.min(), pixels.max()) == (0, 1)
 
 
 def test_the_split_is_the_same_for_every_seed_and_the_order_is_not() -> None:
     first, second = Digits(seed=0), Digits(seed=1)
     for module in (first, second):
         module.setup()
-    assert torch.equal(first.splits["test"].images, second.splits["test"].images)
+    assert torch.equal(first.splits["test"].tensors[0], second.splits["test"].tensors[0])
     a, b, c = (next(iter(m.train_dataloader()))[1] for m in (first, second, first))
     assert not torch.equal(a, b)
     assert torch.equal(a, c)
@@ -70,7 +78,7 @@ def test_another_split_seed_holds_out_others() -> None:
     first, second = Digits(split_seed=0), Digits(split_seed=1)
     for module in (first, second):
         module.setup()
-    assert not torch.equal(first.splits["test"].images, second.splits["test"].images)
+    assert not torch.equal(first.splits["test"].tensors[0], second.splits["test"].tensors[0])
 
 
 def test_batches_are_whole_and_shuffled_anew_every_epoch() -> None:
@@ -88,9 +96,10 @@ def test_batches_are_whole_and_shuffled_anew_every_epoch() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"val_size": 1500}, "the data set has 1797 images"),
         ({"test_size": 0}, "some of them for each split"),
+        ({"pixels": "big"}, "pixels='big': expected 'standardized' or 'unit'"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(options: dict[str, int], message: str) -> None:
+def test_sizes_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Digits(**options).setup()
 
@@ -120,7 +129,7 @@ def test_fashion_mnist_has_its_own_test_set(clothing: Path) -> None:
     module = FashionMNIST(str(clothing), val_size=5)
     module.setup()
     assert {k: len(v) for k, v in module.splits.items()} == {"train": 35, "val": 5, "test": 10}
-    assert torch.equal(module.splits["test"].labels, torch.arange(10))
+    assert torch.equal(module.splits["test"].tensors[1], torch.arange(10))
 
 
 def test_missing_fashion_mnist_says_how_to_get_it(clothing: Path) -> None:
@@ -139,6 +148,8 @@ def test_the_cnn_is_small(shape: tuple[int, int, int]) -> None:
 def test_networks_refuse_layers_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"hidden=\[0\]"):
         mlp((1, 8, 8), 10, [0])
+    with pytest.raises(ValueError, match=r"activation='sigmoid': expected one of relu, tanh"):
+        dense(2, 1, [4], "sigmoid")
     with pytest.raises(ValueError, match="can be halved 3 times"):
         cnn((1, 8, 8), 10, [4, 4, 4, 4])
 

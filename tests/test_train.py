@@ -97,6 +97,7 @@ def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
         ("trainer.accelerator=abacus", "Available names are: auto"),
         ("trainer.precision=7", "Precision 7 is invalid. Allowed precision values"),
         ("data.batch_size=0", "data: batch_size=0"),
+        ("data.pixels=big", "data: pixels='big': expected 'standardized' or 'unit'"),
         ("model.hidden=[0]", "model: hidden=[0]: expected positive whole numbers"),
         ("threads=0", "threads: set_num_threads expects a positive integer"),
         ("seed=-1", "seed: -1 is not in bounds"),
@@ -141,7 +142,7 @@ def test_an_unknown_metric_names_those_there_are(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    expected = "metric=accuracy: expected one of seconds, steps, test/accuracy, test/loss"
+    expected = "metric=accuracy: expected one of seconds, steps, test/accuracy, test/loss, train"
     assert expected in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -202,9 +203,54 @@ def test_online_wandb_is_told_apart_by_its_target(compose_config: Compose, tmp_p
         train(cfg, tmp_path)
 
 
+def test_a_network_that_does_not_fit_the_data_is_told_so(
+    compose_config: Compose, tmp_path: Path
+) -> None:
+    cfg = compose_config("data=digits", "model=dense", "logger=none")
+    message = "model: experiments.tasks.networks.dense needs inputs and outputs, but these data"
+    with pytest.raises(CommandLineError, match=message):
+        train(cfg, tmp_path)
+
+
+# What each experiment is judged by.
+JUDGED_BY = {
+    "autoencoder": {"loss", "squared_error"},
+    "char_transformer": {"loss", "bits"},
+    "digits_mlp": {"loss", "accuracy"},
+    "graph_network": {"loss", "rmse", "r2"},
+    "implicit_image": {"loss", "psnr"},
+    "poisson_pinn": {"error"},
+    "tabular": {"loss", "rmse"},
+}
+
+
+def test_every_experiment_is_judged() -> None:
+    names = {path.stem for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml")}
+    assert names - {"fashion_cnn"} == set(JUDGED_BY)  # its data are not in a package
+
+
+@pytest.mark.parametrize("name", JUDGED_BY)
+def test_every_experiment_runs(name: str, compose_config: Compose, tmp_path: Path) -> None:
+    options = (f"experiment={name}", "trainer=quick", "trainer.max_steps=2", "logger=csv")
+    cfg = compose_config(*options, "optimizer=adamw", "trainer.limit_train_batches=2")
+    results = train(cfg, tmp_path)
+    assert results["steps"] == 2
+    for stage in ("val", "test"):
+        assert {f"{stage}/{metric}" for metric in JUDGED_BY[name]} <= set(results)
+    assert cfg.metric in results
+    assert cfg.monitor in results
+    (best,) = set((tmp_path / "checkpoints").iterdir()) - {tmp_path / "checkpoints" / "last.ckpt"}
+    assert best.suffix == ".ckpt"
+    if name == "char_transformer":
+        assert results["data/characters"] > 400_000
+        assert len(results["data/sha256"]) == 64
+    if name == "implicit_image":
+        assert (tmp_path / "picture.png").stat().st_size > 30_000
+
+
 def test_the_classifier_works_without_a_scheduler() -> None:
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-    module = Classifier(network, 10, lambda params: torch.optim.SGD(params, lr=0.5))
+    module = Classifier(network, lambda params: torch.optim.SGD(params, lr=0.5))
     data = Digits(batch_size=100)
     trainer = L.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,

@@ -13,6 +13,7 @@ class Digits(ImageData):
     """Ten digits in 8 x 8 pixels; runs in seconds."""
 
     shape = (1, 8, 8)
+    largest = 16
 
     def load(self) -> tuple[Tensor, Tensor]:
         """Pixels 0 to 16."""

@@ -24,6 +24,7 @@ class FashionMNIST(ImageData):
         val_size: images held out of training to choose by.
         split_seed: which images these are. Part of the task, not of a run: keep it.
         seed: of the order in which training images are drawn.
+        pixels: "standardized" or "unit", see `ImageData`.
 
     Raises:
         FileNotFoundError: the files are not there.
@@ -39,8 +40,9 @@ class FashionMNIST(ImageData):
         val_size: int = 5000,
         split_seed: int = 0,
         seed: int = 0,
+        pixels: str = "standardized",
     ) -> None:
-        super().__init__(batch_size, val_size, 0, split_seed, seed)
+        super().__init__(batch_size, val_size, 0, split_seed, seed, pixels)
         self.folder = Path(folder)
         # Here and not in setup: what is missing should be told before anything else is built.
         self._files = {split: self._find(split) for split in ("train", "t10k")}

@@ -1,4 +1,4 @@
-"""Networks that are quick on one core: images [batch, channels, height, width] -> logits."""
+"""Networks that are quick on one core."""
 
 from __future__ import annotations
 
@@ -7,11 +7,37 @@ from itertools import pairwise
 
 from torch import nn
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU}
+
+
+def dense(
+    inputs: int, outputs: int, hidden: Sequence[int] = (64, 64), activation: str = "tanh"
+) -> nn.Sequential:
+    """Fully connected layers: [batch, inputs] -> [batch, outputs].
+
+    Args:
+        inputs: numbers that describe an example.
+        outputs: numbers to return for it.
+        hidden: units of each hidden layer.
+        activation: after each hidden layer; "relu", "tanh" or "silu".
+
+    Raises:
+        ValueError: a layer without units, or an activation that does not exist.
+    """
+    _check_sizes("hidden", hidden)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    sizes = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
 
 def mlp(
     shape: tuple[int, int, int], classes: int, hidden: Sequence[int] = (256, 128)
 ) -> nn.Sequential:
-    """A multilayer perceptron with ReLU.
+    """A multilayer perceptron with ReLU: images [batch, *shape] -> logits [batch, classes].
 
     Args:
         shape: channels, height and width of an image.
@@ -21,19 +47,17 @@ def mlp(
     Raises:
         ValueError: a layer without units.
     """
-    _check_sizes("hidden", hidden)
     channels, height, width = shape
-    sizes = [channels * height * width, *hidden]
-    layers: list[nn.Module] = [nn.Flatten()]
-    for before, after in pairwise(sizes):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], classes))
+    layers = dense(channels * height * width, classes, hidden, "relu")
+    return nn.Sequential(nn.Flatten(), *layers)
 
 
 def cnn(
     shape: tuple[int, int, int], classes: int, channels: Sequence[int] = (16, 32, 64)
 ) -> nn.Sequential:
     """3 x 3 convolutions, each with BatchNorm, ReLU and a halving of height and width.
+
+    Images [batch, *shape] -> logits [batch, classes].
 
     Args:
         shape: channels, height and width of an image.
