@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -103,15 +103,20 @@ class Observation:
     recognised: int = 0  # loss calls seen, scored or not
     seconds: float = 0.0  # spent on the Fisher backward
 
-    def replay(self) -> list[tuple[ScoredLoss, tuple[Tensor, ...]]]:
-        """Each scored loss with the predictions that the parameters' present values give."""
+    def replay(
+        self, leaves: Mapping[int, Tensor] | None = None
+    ) -> list[tuple[ScoredLoss, tuple[Tensor, ...]]]:
+        """Each scored loss with the predictions that the parameters' present values give.
+
+        With `leaves` in the parameters' places, as differentiable functions of them: see `Tape`.
+        """
         assert self.tape is not None
         losses = sorted(
             (loss for loss in self.scored if loss.mark is not None),
             key=lambda loss: loss.mark.position,  # type: ignore[union-attr]
         )
         marks = [loss.mark for loss in losses if loss.mark is not None]
-        return list(zip(losses, self.tape.replay(marks), strict=True))
+        return list(zip(losses, self.tape.replay(marks, leaves), strict=True))
 
 
 class Observer(TorchFunctionMode):

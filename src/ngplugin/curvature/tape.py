@@ -16,12 +16,13 @@ A tape keeps no activation alive: tensors made during the recording are known by
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 # Update running statistics among their arguments without raising those tensors' version counters.
@@ -41,6 +42,7 @@ class _Call:
     copies: frozenset[int]  # ids of constants that the call changes behind its result
     random: tuple[Tensor, ...] | None  # generator states before a call that consumed randomness
     autocast: torch.dtype | None  # None: autocast was off
+    differentiable: bool  # whether gradients were enabled
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ class Tape:
                 frozenset(id(t) for t in changed),
                 random if consumed else None,
                 torch.get_autocast_dtype(self._device.type) if autocast else None,
+                torch.is_grad_enabled(),
             )
         )
         return result
@@ -158,14 +161,20 @@ class Tape:
         self._check_origin(tensors, "the loss")
         return Mark(len(self._calls), tuple(self._slot_of(t) for t in tensors))
 
-    def replay(self, marks: Sequence[Mark]) -> list[tuple[Tensor, ...]]:
+    def replay(
+        self, marks: Sequence[Mark], leaves: Mapping[int, Tensor] | None = None
+    ) -> list[tuple[Tensor, ...]]:
         """Run the recorded calls with the parameters' present values.
 
         Args:
             marks: what to return, in the order in which they were marked.
+            leaves: id of a parameter to the tensor that takes its place. With it the results are
+                differentiable functions of these tensors, as often as one likes: attention is
+                computed in steps, since its fused kernels have no second derivative.
 
         Returns:
-            For each mark its tensors, detached, as they were when they were marked.
+            For each mark its tensors, as they were when they were marked; detached unless `leaves`
+            are given.
 
         Raises:
             RuntimeError: the tape has an `obstacle`.
@@ -181,22 +190,29 @@ class Tape:
             for slot in self._slots_in(mark.tensors):
                 last_use[slot] = max(mark.position, last_use.get(slot, 0))
         differentiates = any(call.function is torch.autograd.grad for _, call in calls)
+        kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if leaves is not None:
+            differentiates, kernels = True, sdpa_kernel(SDPBackend.MATH)
         values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        replaced = leaves or {}
         waiting = list(marks)
         results: list[tuple[Tensor, ...]] = []
         before = self._random_state()
         try:
-            with torch.set_grad_enabled(differentiates):
+            with torch.set_grad_enabled(differentiates), kernels:
                 for i, call in calls:
                     while waiting and waiting[0].position <= i:
-                        results.append(self._marked(waiting.pop(0), values))
-                    self._rerun(call, values)
+                        results.append(self._marked(waiting.pop(0), values, replaced))
+                    with torch.set_grad_enabled(differentiates and call.differentiable):
+                        self._rerun(call, values, replaced)
                     for slot in self._slots_in((call.args, call.kwargs, call.outputs)):
                         if last_use[slot] <= i:
                             values.pop(slot, None)
-                results += [self._marked(mark, values) for mark in waiting]
+                results += [self._marked(mark, values, replaced) for mark in waiting]
         finally:
             self._set_random_state(before)
+        if leaves is None:
+            return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
 
     # -- recording -------------------------------------------------------------------------
@@ -273,11 +289,13 @@ class Tape:
                 chosen.append((i, call))
         return chosen[::-1]
 
-    def _rerun(self, call: _Call, values: dict[int, Tensor]) -> None:
+    def _rerun(
+        self, call: _Call, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
+    ) -> None:
         def value_of(leaf: Any) -> Any:
             if type(leaf) is _Slot:
                 return values[leaf]
-            return leaf.clone() if id(leaf) in call.copies else leaf
+            return leaf.clone() if id(leaf) in call.copies else replaced.get(id(leaf), leaf)
 
         if call.random is not None:
             self._set_random_state(call.random)
@@ -293,6 +311,11 @@ class Tape:
                 values[slot] = tensor
 
     @staticmethod
-    def _marked(mark: Mark, values: dict[int, Tensor]) -> tuple[Tensor, ...]:
+    def _marked(
+        mark: Mark, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
+    ) -> tuple[Tensor, ...]:
         # Cloned, since a later call may write into a prediction.
-        return tuple((values[t] if type(t) is _Slot else t).detach().clone() for t in mark.tensors)
+        return tuple(
+            (values[t] if type(t) is _Slot else replaced.get(id(t), t)).clone()
+            for t in mark.tensors
+        )

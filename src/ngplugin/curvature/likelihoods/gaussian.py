@@ -27,6 +27,10 @@ class Gaussian(Likelihood):
         """ε: the Fisher information of the mean is 1."""
         return random_signs(self.natural, generator)
 
+    def information(self, vector: Tensor) -> Tensor:
+        """V itself."""
+        return vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """½ (η - η')² at unit variance."""
         return 0.5 * (self.natural - other.natural).square()

@@ -66,6 +66,10 @@ class Huber(Likelihood):
         """ε √P(|x| ≤ a)."""
         return self._inside().sqrt() * random_signs(self.natural, generator)
 
+    def information(self, vector: Tensor) -> Tensor:
+        """P(|x| ≤ a) v."""
+        return self._inside() * vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """∫₀^Δ (Δ - u) P(|x - u| ≤ a) du.
 

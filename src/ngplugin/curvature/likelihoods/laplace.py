@@ -25,6 +25,10 @@ class Laplace(Likelihood):
         """ε: the Fisher information of the location is 1."""
         return random_signs(self.natural, generator)
 
+    def information(self, vector: Tensor) -> Tensor:
+        """V itself."""
+        return vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """|Δη| + exp(-|Δη|) - 1."""
         distance = (self.natural - other.natural).abs()

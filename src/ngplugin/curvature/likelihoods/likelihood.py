@@ -76,6 +76,10 @@ class Likelihood(Prediction):
         arXiv:1206.6464).
         """
 
+    @abstractmethod
+    def information(self, vector: Tensor) -> Tensor:
+        """H v of every term, exactly; both of the shape of η."""
+
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent +1 or -1 with probability one half each, in the shape of `like`."""

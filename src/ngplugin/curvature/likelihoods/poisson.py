@@ -22,6 +22,10 @@ class Poisson(Likelihood):
         root = (0.5 * self.natural).exp()
         return root * random_signs(root, generator)
 
+    def information(self, vector: Tensor) -> Tensor:
+        """λ v."""
+        return self.natural.exp() * vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """λ (η - η') - λ + λ'."""
         change = other.natural - self.natural
