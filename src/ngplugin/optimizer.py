@@ -73,6 +73,11 @@ class NaturalGradientOptimizer(Optimizer):
         structure: `"auto"`: Kronecker blocks where there is a linear map, unit-wise ones for
             normalizations, else diagonal. `"diagonal"`: diagonal everywhere. `"identity"`: d = m,
             gradient descent with momentum, whose steps `kl_radius` bounds like any others.
+            `"matrix-free"`: d solves (F + damping) d = m with the F of the step's own batch, over
+            all parameters together, by conjugate gradients that the blocks of `"auto"`
+            precondition. Relative damping is then λ times the mean eigenvalue of each block.
+        cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
+            passes; every step starts from the last one's direction.
         decay: β of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; the first ten steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
@@ -105,6 +110,7 @@ class NaturalGradientOptimizer(Optimizer):
         fisher: FisherKind = "propagated",
         draws: int = 1,
         structure: Structure = "auto",
+        cg_iterations: int = 10,
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -126,6 +132,7 @@ class NaturalGradientOptimizer(Optimizer):
             fisher=fisher,
             draws=draws,
             structure=structure,
+            cg_iterations=cg_iterations,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

@@ -14,7 +14,7 @@ from ngplugin.damping import Damping, as_schedule
 from ngplugin.errors import OptionError
 
 #: Which block a parameter gets; `"identity"` is F = I, plain gradient descent.
-Structure = Literal["auto", "diagonal", "identity"]
+Structure = Literal["auto", "diagonal", "identity", "matrix-free"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Options:
     fisher: FisherKind = "propagated"
     draws: int = 1
     structure: Structure = "auto"
+    cg_iterations: int = 10
     decay: float = 0.95
     statistics_every: int = 5
     refresh_every: int = 20
@@ -62,6 +63,7 @@ class Options:
         for name in ("draws", "measure_every", "statistics_every", "refresh_every"):
             check_count(name, getattr(self, name), low=1)
         check_count("spectrum_every", self.spectrum_every, low=1)
+        check_count("cg_iterations", self.cg_iterations, low=1)
         check_count("burn_in", self.burn_in, low=0)
         check_count("seed", self.seed, low=0)
 

@@ -59,8 +59,9 @@ def conjugate_gradients(
         image = multiply(start)
         curvature, slope = inner(start, image), inner(start, b)
         if float(curvature) > 0:
-            x, Ax = combined(zero, slope / curvature, start), combined(
-                zero, slope / curvature, image
+            x, Ax = (
+                combined(zero, slope / curvature, start),
+                combined(zero, slope / curvature, image),
             )
     r = combined(b, -1.0, Ax)
     scale = float(inner(b, precondition(b)))

@@ -49,6 +49,7 @@ class NaturalGradient(Callback):
         fisher: see there.
         draws: see there.
         structure: see there.
+        cg_iterations: see there.
         decay: see there.
         statistics_every: see there; steps.
         refresh_every: see there; steps.
@@ -79,6 +80,7 @@ class NaturalGradient(Callback):
         fisher: FisherKind = "propagated",
         draws: int = 1,
         structure: Structure = "auto",
+        cg_iterations: int = 10,
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -103,6 +105,7 @@ class NaturalGradient(Callback):
             fisher=fisher,
             draws=draws,
             structure=structure,
+            cg_iterations=cg_iterations,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,
