@@ -264,7 +264,7 @@ class NaturalGradientStep:
     def _propose(self, groups: Sequence[StepGroup], metric: Metric) -> list[_Move]:
         """The step before its length is decided; empty if there is no gradient."""
         averaged = {
-            id(p): self._momentum.update(p, group.momentum)
+            id(p): self._momentum.update(p, group.momentum if self._solver.averages else 0.0)
             for group in groups
             for p in group.parameters
             if p.grad is not None

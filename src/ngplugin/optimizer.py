@@ -75,7 +75,8 @@ class NaturalGradientOptimizer(Optimizer):
             gradient descent with momentum, whose steps `kl_radius` bounds like any others.
             `"matrix-free"`: d solves (F + damping) d = m with the F of the step's own batch, over
             all parameters together, by conjugate gradients that the blocks of `"auto"`
-            precondition. Relative damping is then λ times the mean eigenvalue of each block.
+            precondition. Relative damping is then λ times the mean eigenvalue of each block, and
+            momentum is only in where the search starts. For large batches.
         cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
             passes; every step starts from the last one's direction.
         decay: β of the running average of F, in [0, 1).

@@ -35,9 +35,11 @@ class Solver(ABC):
 
     Attributes:
         needs_tape: whether the forward pass of every step has to be recorded.
+        averages: whether the gradient is to be averaged over steps first.
     """
 
     needs_tape: bool
+    averages: bool
 
     @abstractmethod
     def metric(
@@ -69,6 +71,7 @@ class BlockSolver(Solver):
     """The running averages, block by block."""
 
     needs_tape = False
+    averages = True
 
     def metric(
         self,
@@ -91,7 +94,10 @@ class BlockSolver(Solver):
 class MatrixFreeSolver(Solver):
     """All of the batch's F, solved by conjugate gradients that the blocks precondition.
 
-    Each search begins with the last step's direction. Where the forward pass cannot be computed
+    Gradients are not averaged: one of an earlier batch has parts in which this batch has no
+    curvature, and they would be divided by λ alone. Momentum is in the start of the search, the
+    last step's direction, of which a search cut short keeps what it did not come to (Martens 2010,
+    §4.8). Where the forward pass cannot be computed
     again or differentiated twice, one warning says so and the blocks alone decide.
 
     Args:
@@ -103,6 +109,7 @@ class MatrixFreeSolver(Solver):
     """
 
     needs_tape = True
+    averages = False
 
     def __init__(self, iterations: int) -> None:
         self.iterations = iterations
