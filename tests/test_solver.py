@@ -78,7 +78,7 @@ def test_relative_damping_is_in_units_of_each_block_s_mean_eigenvalue():
         ]
     )
     solved = -torch.linalg.solve(fisher + damping.diag(), gradient)
-    assert float((moved - solved).norm() / solved.norm()) < 2e-3
+    assert float((moved - solved).norm() / solved.norm()) < 5e-3
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -135,31 +135,60 @@ def test_a_run_goes_on_bit_for_bit_from_a_checkpoint():
         assert torch.equal(p, q)
 
 
-class Once(torch.autograd.Function):
+class Hidden(torch.autograd.Function):
     """Doubles its input where no observer sees it."""
 
     @staticmethod
     def forward(ctx, x):
-        return 2 * x
+        return torch.from_numpy(2 * x.detach().numpy())
 
     @staticmethod
     def backward(ctx, g):
         return 2 * g
 
 
-def test_where_the_forward_pass_cannot_be_run_again_the_blocks_step_and_one_warning_says_so():
+class Straight(torch.autograd.Function):
+    """Rounds, with the derivative of what it does not do."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return (8 * x).round() / 8
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def distances(x):
+    # Their backward pass has no derivative.
+    return torch.cdist(x, torch.eye(3).to(x), p=1.0)
+
+
+@pytest.mark.parametrize(
+    ("last", "reason"),
+    [
+        (Hidden.apply, "cannot be run again"),
+        (Straight.apply, "custom autograd.Function"),
+        (distances, "not implemented"),
+    ],
+)
+def test_where_the_prediction_cannot_be_linearized_the_blocks_step_and_one_warning_says_so(
+    last, reason
+):
     model = network()
-    optimizer = made(model)
-    hidden = copy.deepcopy(model)
-    blocks = NaturalGradientOptimizer(hidden.parameters(), momentum=0.0)
+    other = copy.deepcopy(model)
+    optimizer = made(model, measure_every=1)
+    # The same measurements, and no momentum.
+    blocks = NaturalGradientOptimizer(other.parameters(), momentum=0.0, measure_every=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            step(optimizer, lambda x: Once.apply(model(x)))
-            step(blocks, lambda x: Once.apply(hidden(x)))
+            step(optimizer, lambda x: last(model(x)))
+            step(blocks, lambda x: last(other(x)))
     messages = [str(w.message) for w in caught if "matrix-free" in str(w.message)]
     assert len(messages) == 1
-    for p, q in zip(model.parameters(), hidden.parameters(), strict=True):
+    assert reason in messages[0]
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
 
 

@@ -130,6 +130,10 @@ class MatrixFreeSolver(Solver):
         if not taped:
             self._warn("on some steps the forward pass cannot be run again")
             return fisher
+        hidden = next((o.tape.hidden_derivative for o in taped if o.tape), None)
+        if hidden is not None:
+            self.give_up(hidden)
+            return fisher
         return _MatrixFree(self, fisher, taped, total_weight, damping)
 
     def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -195,7 +199,7 @@ class _MatrixFree:
                 last if last.keys() == b.keys() else None,
             )
         except RuntimeError as error:
-            if "not implemented" not in str(error):
+            if "not implemented" not in str(error):  # of a second derivative
                 raise
             self._solver.give_up(str(error).split(". ")[0])
             return directions, products

@@ -1,5 +1,7 @@
 """Conjugate gradients against a dense solve."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.oracle import flat, randn, unflat
 
 LIKE = [torch.zeros(3, 2).double(), torch.zeros(4).double()]
 N = 10
-I = torch.eye(N).double()
+IDENTITY = torch.eye(N).double()
 
 
 def parts(vector):
@@ -22,7 +24,7 @@ def by(matrix):
 
 def problem(seed, rank=N, damping=0.1):
     R = randn(N, rank, seed=seed)
-    return R @ R.T + damping * I, randn(N, seed=seed + 100)
+    return R @ R.T + damping * IDENTITY, randn(N, seed=seed + 100)
 
 
 def phi(A, b, x):
@@ -55,17 +57,18 @@ def test_the_quadratic_falls_with_every_iteration_and_begins_at_no_more_than_zer
     A, b = problem(3, damping=1e-3)
     start = parts(randn(N, seed=7)) if started else None
     values = [
-        phi(A, b, conjugate_gradients(by(A), parts(b), by(I), k, 0.0, start).x) for k in range(N)
+        phi(A, b, conjugate_gradients(by(A), parts(b), by(IDENTITY), k, 0.0, start).x)
+        for k in range(N)
     ]
     assert values[0] <= 0
     assert (values[0] < 0) == started
-    assert all(later < earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later < earlier for earlier, later in itertools.pairwise(values))
 
 
 def test_the_start_counts_by_its_direction_alone():
     A, b = problem(4)
     x = parts(torch.linalg.solve(A, b))
-    found = conjugate_gradients(by(A), parts(b), by(I), 60, 1e-8, combined(x, 6.0, x))
+    found = conjugate_gradients(by(A), parts(b), by(IDENTITY), 60, 1e-8, combined(x, 6.0, x))
     assert found.iterations == 0
     for key, part in x.items():
         torch.testing.assert_close(found.x[key], part)
@@ -73,7 +76,7 @@ def test_the_start_counts_by_its_direction_alone():
 
 def test_a_direction_without_curvature_ends_the_search():
     A, b = problem(5, rank=2, damping=0.0)
-    found = conjugate_gradients(by(A), parts(b), by(I), 60, 1e-12)
+    found = conjugate_gradients(by(A), parts(b), by(IDENTITY), 60, 1e-12)
     assert all(part.isfinite().all() for part in found.x.values())
 
 

@@ -112,7 +112,7 @@ def test_kronecker_blocks_are_theirs_in_the_mean(network, family):
     model, x, y = problem(network, 3, family)
     loss = LOSSES[family]()
     theirs = kronecker(model, loss, [(x, y)])
-    draws = [list(blocks(model, loss, x, y, seed)) for seed in range(60)]
+    draws = [list(blocks(model, loss, x, y, seed)) for seed in range(20)]
     for i, (place, _) in enumerate(draws[0]):
         assert_mean_is(torch.stack([draw[i][1] for draw in draws]), theirs[place, place])
 
@@ -126,7 +126,7 @@ def test_diagonal_blocks_are_the_diagonal_of_theirs_in_the_mean(network, family)
         model, loss, [*model.parameters()], [(x, y)], check_deterministic=False
     )
     theirs = matrix(operator).diagonal()
-    draws = [list(blocks(model, loss, x, y, seed, True)) for seed in range(60)]
+    draws = [list(blocks(model, loss, x, y, seed, True)) for seed in range(20)]
     for i, (place, _) in enumerate(draws[0]):
         found = torch.stack([draw[i][1].diagonal() for draw in draws])
         assert_mean_is(found, theirs[place])

@@ -7,9 +7,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ngplugin.curvature.likelihoods.bernoulli import Bernoulli
+from ngplugin.curvature.likelihoods.gaussian import Gaussian
+from ngplugin.curvature.likelihoods.huber import Huber
+from ngplugin.curvature.likelihoods.laplace import Laplace
+from ngplugin.curvature.likelihoods.normal import Normal
+from ngplugin.curvature.likelihoods.poisson import Poisson
 from ngplugin.curvature.matrix_free import BatchFisher
 from tests.curvature.test_dense_fisher import SUMMED, targets, terms
-from tests.oracle import FAMILIES, dense_fisher, double, flat, jacobian, observe, randn, unflat
+from tests.oracle import (
+    FAMILIES,
+    dense_fisher,
+    double,
+    flat,
+    generator,
+    jacobian,
+    observe,
+    randn,
+    unflat,
+)
 
 X = randn(6, 4, seed=1)
 IMAGES = randn(6, 2, 5, 5, seed=2)
@@ -191,6 +207,24 @@ def test_other_losses_have_the_fisher_information_of_their_distribution(name):
     z = model(x).reshape(-1)
     J = jacobian(z, parameters)
     assert_near(total * dense(batch, parameters), J.T @ (information(z).detach()[:, None] * J))
+
+
+@pytest.mark.parametrize(
+    "likelihood",
+    [
+        Gaussian(randn(5)),
+        Bernoulli(randn(5)),
+        Poisson(randn(5)),
+        Laplace(randn(5)),
+        Huber(randn(5), torch.tensor(0.7).double()),
+        Normal(torch.stack([randn(5), randn(5, seed=1).exp()], -1)),
+    ],
+    ids=lambda likelihood: type(likelihood).__name__,
+)
+def test_a_diagonal_information_is_the_square_of_a_propagated_score(likelihood):
+    score = likelihood.propagated_score(generator())
+    v = randn(*score.shape, seed=3)
+    torch.testing.assert_close(likelihood.information(v), score.square() * v)
 
 
 def test_a_distribution_with_tensors_that_depend_on_each_other_counts_once():

@@ -49,6 +49,8 @@ class _Linearized:
             {id(p): leaf for p, leaf in zip(parameters, leaves, strict=True)}
         )
         predictions = [t for _, tensors in losses for t in tensors if t.requires_grad]
+        if not predictions:
+            return _Linearized(losses, [], leaves, [], [])
         with torch.enable_grad():
             duals = [torch.zeros_like(t).requires_grad_() for t in predictions]
             pulled = torch.autograd.grad(
@@ -58,6 +60,8 @@ class _Linearized:
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor | None]:
         """Jᵀ H J v."""
+        if not self.predictions:
+            return [None] * len(self.leaves)
         reached = [(g, v) for g, v in zip(self.pulled, vectors, strict=True) if g is not None]
         pushed = torch.autograd.grad(
             [g for g, _ in reached],
@@ -121,7 +125,8 @@ class BatchFisher:
             The parts of all parameters.
 
         Raises:
-            RuntimeError: a tape has an obstacle, or a call has no second derivative.
+            RuntimeError: a tape has an obstacle, or a call has no second derivative. A tape with a
+                `hidden_derivative` would not be noticed.
         """
         given = [vectors.get(id(p), torch.zeros_like(p)) for p in self._parameters]
         result = {id(p): torch.zeros_like(p) for p in self._parameters}

@@ -101,7 +101,9 @@ class Tape:
         self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
         self._alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[_Slot, Tensor] = {}  # constants as they were before being written to
+        self._ungraphed: set[_Slot] = set()  # last written to while gradients were disabled
         self.obstacle: str | None = None  # why this tape cannot be replayed
+        self.hidden_derivative: str | None = None  # why a replay cannot be differentiated
 
     def run(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -131,6 +133,11 @@ class Tape:
         result = function(*args, **kwargs)
 
         outputs = tuple(self._new_slot(t) for t in tensors_in(result))
+        written = self._slots_in(outputs or recorded_args[:1])
+        if torch.is_grad_enabled():
+            self._ungraphed.difference_update(written)
+        else:
+            self._ungraphed.update(written)
         if not outputs and name != "__setitem__":
             return result  # a shape, a number: nothing to replay
         consumed = any(
@@ -203,7 +210,9 @@ class Tape:
                 for i, call in calls:
                     while waiting and waiting[0].position <= i:
                         results.append(self._marked(waiting.pop(0), values, replaced))
-                    with torch.set_grad_enabled(differentiates and call.differentiable):
+                    # Without leaves a derivative in the forward pass sees everything.
+                    graphed = call.differentiable if leaves is not None else differentiates
+                    with torch.set_grad_enabled(graphed):
                         self._rerun(call, values, replaced)
                     for slot in self._slots_in((call.args, call.kwargs, call.outputs)):
                         if last_use[slot] <= i:
@@ -246,6 +255,11 @@ class Tape:
 
     def _check_origin(self, tensors: Sequence[Tensor], name: str) -> None:
         for t in tensors:
+            if t.requires_grad and self._slots.get(t) in self._ungraphed:
+                self.hidden_derivative = (
+                    f"a tensor of shape {tuple(t.shape)} that enters `{name}` has a derivative "
+                    "that none of its calls has (a custom autograd.Function)"
+                )
             if not self._origin_known(t):
                 self.obstacle = (
                     f"a tensor of shape {tuple(t.shape)} that enters `{name}` was made by no torch "
