@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.observe import Observer
+from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.damping import as_schedule, damping_at
 from ngplugin.errors import StepOrderError
 from ngplugin.kl_measurement import KlMeasurement
@@ -26,6 +26,7 @@ from ngplugin.momentum import GradientMomentum
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
+from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver
 from ngplugin.step_group import StepGroup, make_dense
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 
@@ -90,6 +91,9 @@ class NaturalGradientStep:
         self.steps = 0
         self.report: StepReport | None = None
         self.losses: list[str] = []
+        self._solver: Solver = BlockSolver()
+        if options.structure == "matrix-free":
+            self._solver = MatrixFreeSolver(options.cg_iterations)
         self._damping = as_schedule(options.damping)
         self._bound: StepBound = NoTrustRegion()
         if options.kl_radius is not None:
@@ -111,7 +115,8 @@ class NaturalGradientStep:
         """A context for a forward pass; does nothing where nothing is needed from it."""
         options = self.options
         needless = options.structure == "identity" and options.kl_radius is None
-        statistics, measure = self._statistics_due(), self._bound.measurement_due(self.steps)
+        statistics = self._statistics_due()
+        measure = self._solver.needs_tape or self._bound.measurement_due(self.steps)
         if self._observer or needless or not (statistics or measure):
             return contextlib.nullcontext()
         return self._watch(parameters, statistics, measure)
@@ -176,16 +181,19 @@ class NaturalGradientStep:
         make_dense(groups)
         with watching:
             damping = damping_at(self._damping, self.steps)
-            dropped, failed = self._update_curvature(groups, observations, damping)
+            rule = BlockDamping(damping, self.options.damping_mode, self.options.sampling_damping)
+            dropped, failed = self._update_curvature(groups, observations, rule)
             schedule = max((group.schedule for group in groups), default=1.0)
             finite = _gradients_are_finite(groups)
-            moves = self._propose(groups) if finite else []
+            taped = self._measurable(observations) if finite else []
+            metric = self._solver.metric(self.fisher, taped, self._weight.total, rule)
+            moves = self._propose(groups, metric) if finite else []
             model, applied = _Model(), _Applied(0.0)
             if moves and self.steps >= self.options.burn_in:
-                model = self._model(moves)
+                model = self._model(moves, metric)
                 finite = model.finite()
                 if finite:
-                    applied = self._apply_bounded(moves, model.q, schedule, observations)
+                    applied = self._apply_bounded(moves, model.q, schedule, taped)
                 else:
                     model = _Model()
         for observation in observations:
@@ -224,7 +232,7 @@ class NaturalGradientStep:
         self._check.see(self.report.reduction_ratio)
 
     def _update_curvature(
-        self, groups: Sequence[StepGroup], observations: Sequence[Observation], damping: float
+        self, groups: Sequence[StepGroup], observations: Sequence[Observation], rule: BlockDamping
     ) -> tuple[int, int]:
         """Fold what was observed into F and invert what is due; returns (dropped, failed)."""
         options = self.options
@@ -246,7 +254,6 @@ class NaturalGradientStep:
         if not any(block.ready for block in self.fisher.blocks):
             raise StepOrderError(why_no_fisher(observations))
         due = refresh_due(self.steps, options.refresh_every)
-        rule = BlockDamping(damping, options.damping_mode, options.sampling_damping)
         failed = self.fisher.refresh(rule, only_new=not due)
         last = self._condition_step
         if due and (last < 0 or self.steps - last >= options.spectrum_every):
@@ -262,17 +269,17 @@ class NaturalGradientStep:
         parameters = [p for group in groups for p in group.parameters if p.grad is not None]
         self.fisher.fold_empirical(parameters, weight.squares, self.options.decay)
 
-    def _propose(self, groups: Sequence[StepGroup]) -> list[_Move]:
+    def _propose(self, groups: Sequence[StepGroup], metric: Metric) -> list[_Move]:
         """The step before its length is decided; empty if there is no gradient."""
         averaged = {
-            id(p): self._momentum.update(p, group.momentum)
+            id(p): self._momentum.update(p, group.momentum if self._solver.averages else 0.0)
             for group in groups
             for p in group.parameters
             if p.grad is not None
         }
         natural, curved = averaged, dict[int, Tensor]()
         if self.options.structure != "identity":
-            natural, curved = self.fisher.precondition(averaged)
+            natural, curved = metric.precondition(averaged)
             for vector in (*natural.values(), *curved.values()):
                 # F is kept per Σw, the gradient is that of the whole objective.
                 vector.div_(self._weight.total)
@@ -285,46 +292,36 @@ class NaturalGradientStep:
                     moves.append(_Move(p, p.grad, d, curved.get(id(p)), u, group.lr, group.decay))
         return moves
 
-    def _model(self, moves: Sequence[_Move]) -> _Model:
+    def _model(self, moves: Sequence[_Move], metric: Metric) -> _Model:
         """The quadratic model of the step Δ = -lr · direction at full length."""
         numbers = torch.stack(
             [
                 # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
-                0.5 * self._curvature(moves) * (self._weight.total / self._weight.nats),
-                _sum(m.lr * _dot(m.gradient, m.direction) for m in moves),
-                _sum(_dot(m.gradient, m.gradient) for m in moves),
-                _sum(_dot(m.natural_gradient, m.natural_gradient) for m in moves),
-                _sum(_dot(m.gradient, m.natural_gradient) for m in moves),
+                0.5 * _curvature(moves, metric) * (self._weight.total / self._weight.nats),
+                total(m.lr * dot(m.gradient, m.direction) for m in moves),
+                total(dot(m.gradient, m.gradient) for m in moves),
+                total(dot(m.natural_gradient, m.natural_gradient) for m in moves),
+                total(dot(m.gradient, m.natural_gradient) for m in moves),
             ]
         )
         return _Model(*numbers.tolist())  # the one transfer to the host
 
-    def _curvature(self, moves: Sequence[_Move]) -> Tensor:
-        """ΔᵀFΔ/Σw of the step at full length, a scalar."""
-        delta = {id(m.parameter): m.direction * m.lr for m in moves}
-        if any(m.curved is None for m in moves) or len({m.lr for m in moves}) > 1:
-            product = self.fisher.product(delta)
-        else:  # then F d is at hand, and F Δ differs from it by what decays
-            product = {id(m.parameter): m.curved * m.lr for m in moves if m.curved is not None}
-            if any(m.decay for m in moves):  # all of them: a weight's decay curves its bias too
-                decayed = {id(m.parameter): m.parameter * m.decay for m in moves}
-                for key, part in self.fisher.product(decayed).items():
-                    product[key] = product[key] + part
-        zero = torch.zeros((), device=moves[0].direction.device)
-        return _sum([zero, *(_dot(delta[key], part) for key, part in product.items())])
+    def _measurable(self, observations: Sequence[Observation]) -> list[Observation]:
+        """The observations whose predictions can be computed again; none if one of them cannot."""
+        taped = [o for o in observations if o.recorded and o.scored]
+        negligible = 1e-3 * self._bound.radius(1.0) * self._weight.nats
+        return taped if taped and self._measurement.possible(taped, negligible) else []
 
     def _apply_bounded(
         self,
         moves: Sequence[_Move],
         q: float,
         schedule: float,
-        observations: Sequence[Observation],
+        taped: Sequence[Observation],
     ) -> _Applied:
         """Move the parameters, as far as the bound allows."""
         scale, nats = self._bound.scale(q, schedule), self._weight.nats
-        taped = [o for o in observations if o.recorded and o.scored]
-        negligible = 1e-3 * self._bound.radius(1.0) * nats
-        if not (taped and self._measurement.possible(taped, negligible)):
+        if not taped:
             _move(moves, scale)
             return _Applied(scale)
         before = [m.parameter.clone() for m in moves]
@@ -354,6 +351,7 @@ class NaturalGradientStep:
             "steps": self.steps,
             "shapes": [tuple(p.shape) for p in parameters],
             "momentum": self._momentum.state_dict(parameters),
+            "solver": self._solver.state_dict(parameters),
             "fisher": self.fisher.state_dict(),
             "bound": self._bound.state_dict(),
             "generator": None if self._generator is None else self._generator.get_state(),
@@ -368,6 +366,7 @@ class NaturalGradientStep:
             return False
         self.steps = int(state["steps"])
         self._momentum.load_state_dict(state["momentum"], parameters)
+        self._solver.load_state_dict(state["solver"], parameters)
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(state["fisher"])
         self._bound.load_state_dict(state["bound"])
@@ -390,12 +389,16 @@ def _move(moves: Sequence[_Move], scale: float) -> None:
         m.parameter.add_(m.direction, alpha=-m.lr * scale)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    a, b = a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)
-    return torch.vdot(a, b).real if dtype.is_complex else torch.dot(a, b)
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, parts)
+def _curvature(moves: Sequence[_Move], metric: Metric) -> Tensor:
+    """ΔᵀFΔ/Σw of the step at full length, a scalar."""
+    delta = {id(m.parameter): m.direction * m.lr for m in moves}
+    if any(m.curved is None for m in moves) or len({m.lr for m in moves}) > 1:
+        product = metric.product(delta)
+    else:  # then F d is at hand, and F Δ differs from it by what decays
+        product = {id(m.parameter): m.curved * m.lr for m in moves if m.curved is not None}
+        if any(m.decay for m in moves):  # all of them: a weight's decay curves its bias too
+            decayed = {id(m.parameter): m.parameter * m.decay for m in moves}
+            for key, part in metric.product(decayed).items():
+                product[key] = product[key] + part
+    zero = torch.zeros((), device=moves[0].direction.device)
+    return total([zero, *(dot(delta[key], part) for key, part in product.items())])

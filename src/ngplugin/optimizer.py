@@ -78,12 +78,18 @@ class NaturalGradientOptimizer(Optimizer):
             the second moments along the factors' eigenvectors too (EKFAC). `"diagonal"`: diagonal
             everywhere. `"identity"`: d = m, gradient descent with momentum, whose steps `kl_radius`
             bounds like any others. `"auto"`: at present `"kronecker"`.
+            `"matrix-free"`: d solves (F + damping) d = m with the F of the step's own batch, over
+            all parameters together, by conjugate gradients that the blocks of `"auto"`
+            precondition. Relative damping is then λ times the mean eigenvalue of each block, and
+            momentum is only in where the search starts. For large batches.
         weight_sharing: how tokens or pixels of an example count that share a weight. `"expand"`: as
             independent rows, right where each has a loss of its own. `"reduce"`: as one row, the
             mean input with the summed score, right where they are pooled before the loss. An
             example is one place along the first axis of a map's input; multi-head attention has
             the tokens there, whatever its `batch_first`, so leave it at `"expand"` for it.
         max_factor: a side of a matrix that is larger keeps the diagonal of its factor only.
+        cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
+            passes; every step starts from the last one's direction.
         decay: β of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; the first ten steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
@@ -118,6 +124,7 @@ class NaturalGradientOptimizer(Optimizer):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
+        cg_iterations: int = 10,
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -141,6 +148,7 @@ class NaturalGradientOptimizer(Optimizer):
             structure=structure,
             weight_sharing=weight_sharing,
             max_factor=max_factor,
+            cg_iterations=cg_iterations,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

@@ -143,10 +143,30 @@ class Fisher:
         due = [block for block in ready if not (only_new and block.inverted)]
         if not due:
             return 0
+        floored = replace(damping, floor=self._floor(ready))
+        return sum(not block.refresh(floored) for block in due)
+
+    def isotropic_damping(self, damping: BlockDamping) -> _Parts:
+        """What to add to the diagonal of F/Σw where it is no product of factors; by parameter.
+
+        `"relative"`: λ in units of the mean eigenvalue of the parameter's block, with the floor of
+        `refresh`; `"absolute"`: λ.
+        """
+        ready = [block for block in self.blocks if block.ready]
+        found: _Parts = {}
+        floor = self._floor(ready)
+        for block in ready:
+            unit = block.mean_eigenvalue().clamp_min(floor)
+            if damping.mode == "absolute":
+                unit = torch.ones_like(unit)
+            found.update({id(p): damping.value * unit for p in block.parameters})
+        return found
+
+    @staticmethod
+    def _floor(ready: Sequence[Block]) -> float:
         largest = float(torch.stack([block.mean_eigenvalue() for block in ready]).max())
         rounding = 100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        floored = replace(damping, floor=rounding**2 * largest)
-        return sum(not block.refresh(floored) for block in due)
+        return float(rounding**2 * largest)
 
     @property
     def blocks(self) -> list[Block]:

@@ -138,6 +138,10 @@ class Likelihood(Prediction):
         """The same family at other natural parameters."""
         return type(self)(natural)
 
+    @abstractmethod
+    def information(self, vector: Tensor) -> Tensor:
+        """H v of every term, exactly; both of the shape of η."""
+
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:
     """Independent +1 or -1 with probability one half each, in the shape of `like`."""

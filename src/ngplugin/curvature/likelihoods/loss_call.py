@@ -13,7 +13,7 @@ and returns a `LossCall`, or None where the loss says nothing about a model (no 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,6 +77,15 @@ class ScoredCall(ABC):
 
         Raises:
             ValueError: an exact one would take absurdly many.
+        """
+
+    @abstractmethod
+    def information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """H t with H = Σ_i w_i H_i, what the scores that `draw` gives have for a covariance.
+
+        Args:
+            weights: of each term, `[terms]`.
+            tangents: t, a derivative of each prediction, of its shape; so are the results.
         """
 
     @abstractmethod
@@ -163,6 +172,19 @@ class LossCall(ScoredCall):
     def detached(self) -> LossCall:
         """The same with detached predictions."""
         return replace(self, predictions=tuple(t.detach() for t in self.predictions))
+
+    def information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Forward to the natural parameters, times their Fisher information, and back."""
+        likelihood = self.likelihood()
+        leaves = [t.detach().requires_grad_() for t in self.predictions]
+        with torch.enable_grad():
+            natural = self.natural(*(widened(t) for t in leaves))
+            dual = torch.zeros_like(natural, requires_grad=True)
+            pulled = torch.autograd.grad(natural, leaves, dual, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, dual, [*tangents], retain_graph=True)
+        weights = weights.reshape(-1, *[1] * (natural.dim() - 1))
+        score = weights * likelihood.information(pushed)
+        return list(torch.autograd.grad(natural, leaves, score))
 
     def pull_back(self, score: Tensor) -> list[Tensor]:
         """Carry d/d(natural parameters), of η's shape, to d/d(each prediction)."""

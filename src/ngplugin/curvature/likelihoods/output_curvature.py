@@ -131,6 +131,13 @@ class OutputCurvature:
             plain.scatter(kappa.sqrt() * random_signs(g[:, :1], generator) * g, seeds)
         return seeds
 
+    def times(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """|H| v, one tensor an output."""
+        products = [torch.zeros_like(t) for t in self.outputs]
+        for group in self._groups:
+            group.scatter(group.values * group.gather(vectors), products)
+        return products
+
     def squared_length(self, vectors: Sequence[Tensor]) -> Tensor:
         """VᵀHv, a scalar."""
         parts = [(group.values * group.gather(vectors).square()).sum() for group in self._groups]

@@ -67,6 +67,10 @@ class OwnLoss(ScoredCall):
         for _ in range(draws):
             yield [weights.sqrt().reshape(()) * seed for seed in root(generator)], 1 / draws
 
+    def information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """W |H| t."""
+        return [weights.reshape(()) * part for part in self.curvature.times(tangents)]
+
     def detached(self) -> OwnLoss:
         """The same with detached outputs."""
         return replace(self, predictions=tuple(t.detach() for t in self.predictions))
