@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks import BlockDamping
+from ngplugin.curvature.blocks import BlockDamping, ExactBlock
+from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observe import Observation, Observer, why_no_fisher
-from ngplugin.damping import as_schedule, damping_at
-from ngplugin.errors import StepOrderError
+from ngplugin.damping import LevenbergMarquardt, as_schedule, damping_at
+from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.kl_measurement import KlMeasurement
 from ngplugin.momentum import GradientMomentum
 from ngplugin.objective_check import ObjectiveCheck
@@ -84,10 +86,14 @@ class NaturalGradientStep:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.fisher = Fisher(diagonal=options.structure == "diagonal")
+        exact = None
+        if options.structure in ("auto", "exact"):
+            exact = ExactRows(forced=options.structure == "exact")
+        self.fisher = Fisher(options.structure == "diagonal", exact)
         self.steps = 0
         self.report: StepReport | None = None
-        self._damping = as_schedule(options.damping)
+        self._damping = as_schedule(copy.deepcopy(options.damping))
+        self._exact_damping = LevenbergMarquardt() if options.damping == "auto" else self._damping
         self._bound: StepBound = NoTrustRegion()
         if options.kl_radius is not None:
             self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
@@ -108,7 +114,8 @@ class NaturalGradientStep:
         """A context for a forward pass; does nothing where nothing is needed from it."""
         options = self.options
         needless = options.structure == "identity" and options.kl_radius is None
-        statistics, measure = self._statistics_due(), self._bound.measurement_due(self.steps)
+        statistics = self._statistics_due()
+        measure = self._bound.measurement_due(self.steps) or bool(self._steers_damping())
         if self._observer or needless or not (statistics or measure):
             return contextlib.nullcontext()
         return self._watch(parameters, statistics, measure)
@@ -141,7 +148,19 @@ class NaturalGradientStep:
 
     def _statistics_due(self) -> bool:
         first = max(_FIRST_STEPS, self.options.burn_in)
-        return self.steps < first or self.steps % self.options.statistics_every == 0
+        usual = self.steps < first or self.steps % self.options.statistics_every == 0
+        return usual or self._exact_block() is not None
+
+    def _exact_block(self) -> ExactBlock | None:
+        return None if self.fisher.exact is None else self.fisher.exact.block
+
+    def _steers_damping(self) -> LevenbergMarquardt | None:
+        """What wants the reduction ratio of every step."""
+        for schedule in (self._exact_damping, self._damping):
+            if isinstance(schedule, LevenbergMarquardt):
+                steers = self._exact_block() is not None or schedule is self._damping
+                return schedule if steers else None
+        return None
 
     def _random(self, device: torch.device) -> torch.Generator:
         if self._generator is None:
@@ -179,7 +198,7 @@ class NaturalGradientStep:
                 model = self._model(moves)
                 finite = model.finite()
                 if finite:
-                    applied = self._apply_bounded(moves, model.q, schedule, observations)
+                    applied = self._apply_bounded(moves, model, schedule, observations)
                 else:
                     model = _Model()
         for observation in observations:
@@ -187,7 +206,7 @@ class NaturalGradientStep:
         now = time.perf_counter()
         seconds = max(now - self._last_time, 1e-9)
         spent = now - started + sum(observation.seconds for observation in observations)
-        expected = applied.scale * model.slope - applied.scale**2 * model.q * self._weight.nats
+        expected = self._expected(applied.scale, model)
         norms = math.sqrt(model.gg * model.dd)
         condition = self._condition
         self.report = StepReport(
@@ -235,11 +254,18 @@ class NaturalGradientStep:
                 if not dropped:
                     self._fold_empirical(groups, weight)
         self.fisher.discard()
+        chosen = self.fisher.exact
+        if options.structure == "exact" and chosen is not None and chosen.no_room:
+            raise OptionError(
+                f"structure='exact': {chosen.refused}. Give it a smaller model or batch, or use "
+                "structure='auto', which keeps F in blocks where it is too large."
+            )
         if not any(block.ready for block in self.fisher.blocks):
             raise StepOrderError(why_no_fisher(observations))
         due = refresh_due(self.steps, options.refresh_every)
         rule = BlockDamping(damping, options.damping_mode, options.sampling_damping)
-        failed = self.fisher.refresh(rule, only_new=not due)
+        exact = replace(rule, value=damping_at(self._exact_damping, self.steps))
+        failed = self.fisher.refresh(rule, not due, exact)
         last = self._condition_step
         if due and (last < 0 or self.steps - last >= options.spectrum_every):
             self._condition, self._condition_step = self.fisher.condition(), self.steps
@@ -256,12 +282,17 @@ class NaturalGradientStep:
 
     def _propose(self, groups: Sequence[StepGroup]) -> list[_Move]:
         """The step before its length is decided; empty if there is no gradient."""
-        averaged = {
-            id(p): self._momentum.update(p, group.momentum)
-            for group in groups
-            for p in group.parameters
-            if p.grad is not None
-        }
+        block = self._exact_block()
+        averaged = {}
+        for group in groups:
+            for p in group.parameters:
+                if p.grad is None:
+                    continue
+                if block is not None and any(p is q for q in block.parameters):
+                    block.momentum = group.momentum  # it averages directions
+                    averaged[id(p)] = p.grad
+                else:
+                    averaged[id(p)] = self._momentum.update(p, group.momentum)
         natural, curved = averaged, dict[int, Tensor]()
         if self.options.structure != "identity":
             natural, curved = self.fisher.precondition(averaged)
@@ -308,18 +339,20 @@ class NaturalGradientStep:
     def _apply_bounded(
         self,
         moves: Sequence[_Move],
-        q: float,
+        model: _Model,
         schedule: float,
         observations: Sequence[Observation],
     ) -> _Applied:
         """Move the parameters, as far as the bound allows."""
-        scale, nats = self._bound.scale(q, schedule), self._weight.nats
+        q, nats = model.q, self._weight.nats
+        scale = self._bound.scale(q, schedule)
         taped = [o for o in observations if o.tape is not None and o.scored]
         negligible = 1e-3 * self._bound.radius(1.0) * nats
         if not (taped and self._measurement.possible(taped, negligible)):
             _move(moves, scale)
             return _Applied(scale)
         before = [m.parameter.clone() for m in moves]
+        steering = self._steers_damping()
         for shrinks in range(_MOST_SHRINKS + 1):
             _move(moves, scale)
             divergence, reduction = self._measurement.measure(taped)
@@ -327,14 +360,30 @@ class NaturalGradientStep:
             factor = self._bound.shrink(kl, schedule)
             if factor is None:
                 self._bound.calibrate(self.steps, scale**2 * q, kl)
-                return _Applied(scale, kl, reduction, shrinks)
-            for m, old in zip(moves, before, strict=True):
-                m.parameter.copy_(old)
+                applied = _Applied(scale, kl, reduction, shrinks)
+                if steering is None or self._believed(applied, model, steering):
+                    return applied
+                _restore(moves, before)
+                return replace(applied, scale=0.0, rejected=True)
+            _restore(moves, before)
             # Far out the KL saturates, and says too little of how much too long the step is.
             tried, scale = scale, scale * factor * 0.5**shrinks
         # Learnt from all the same, else the next step would be the same and fail again.
         self._bound.calibrate(self.steps, tried**2 * q, kl)
         return _Applied(0.0, shrinks=_MOST_SHRINKS, rejected=True)
+
+    def _expected(self, scale: float, model: _Model) -> float:
+        """How far the objective falls by the quadratic model."""
+        return scale * model.slope - scale**2 * model.q * self._weight.nats
+
+    def _believed(self, applied: _Applied, model: _Model, steering: LevenbergMarquardt) -> bool:
+        """Let the damping learn from a step; False if the step is to be taken back."""
+        expected = self._expected(applied.scale, model)
+        if applied.reduction is None or expected <= 0:
+            return True
+        ratio = applied.reduction / expected
+        steering.see(ratio)
+        return ratio > 0
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -375,6 +424,11 @@ def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:
     gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
     largest = [g.abs().max() for g in gradients if g.numel()]
     return not largest or math.isfinite(float(torch.stack(largest).max()))
+
+
+def _restore(moves: Sequence[_Move], before: Sequence[Tensor]) -> None:
+    for m, old in zip(moves, before, strict=True):
+        m.parameter.copy_(old)
 
 
 def _move(moves: Sequence[_Move], scale: float) -> None:

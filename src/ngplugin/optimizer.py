@@ -60,7 +60,9 @@ class NaturalGradientOptimizer(Optimizer):
             nearer to the data than half a nat, the bound falls with it; see `TrustRegion`.
         measure_every: the most steps between measurements of the KL, each one more forward pass;
             fewer where the prediction is off, and those of the first ten steps are all measured.
-        damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`.
+        damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`. `"auto"`: 0.1, and
+            for exact blocks, whose smallest eigenvalues are worth having, `LevenbergMarquardt`,
+            which asks for the reduction ratio of every step and takes back those that fail.
         damping_mode: `"relative"`: λ in units of each factor's mean eigenvalue. `"absolute"`: in
             units of F's eigenvalues, nats per term.
         sampling_damping: γ, with relative damping: a factor of size d that rests on n rows gets
@@ -70,9 +72,12 @@ class NaturalGradientOptimizer(Optimizer):
             output's Fisher information, same mean and covariance with far less noise where the
             prediction is nearly certain.
         draws: scores for each loss and observed step.
-        structure: `"auto"`: Kronecker blocks where there is a linear map, unit-wise ones for
-            normalizations, else diagonal. `"diagonal"`: diagonal everywhere. `"identity"`: d = m,
-            gradient descent with momentum, whose steps `kl_radius` bounds like any others.
+        structure: `"auto"`: exact for a small model with large batches (see `ExactRows`), else
+            `"kronecker"`: Kronecker blocks where there is a linear map, unit-wise ones for
+            normalizations, else diagonal. `"exact"`: one block of all parameters, from per-example
+            Jacobians, whatever it costs, up to 1 GiB. `"diagonal"`: diagonal everywhere.
+            `"identity"`: d = m, gradient descent with momentum, whose steps `kl_radius` bounds
+            like any others.
         decay: β of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; the first ten steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
@@ -99,7 +104,7 @@ class NaturalGradientOptimizer(Optimizer):
         weight_decay: float = 0.0,
         kl_radius: float | None = 0.03,
         measure_every: int = 5,
-        damping: Damping = 0.1,
+        damping: Damping = "auto",
         damping_mode: DampingMode = "relative",
         sampling_damping: float = 1.0,
         fisher: FisherKind = "propagated",

@@ -14,7 +14,7 @@ from ngplugin.damping import Damping, as_schedule
 from ngplugin.errors import OptionError
 
 #: Which block a parameter gets; `"identity"` is F = I, plain gradient descent.
-Structure = Literal["auto", "diagonal", "identity"]
+Structure = Literal["auto", "exact", "kronecker", "diagonal", "identity"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Options:
     nesterov: bool = True
     kl_radius: float | None = 0.03
     measure_every: int = 5
-    damping: Damping = 0.1
+    damping: Damping = "auto"
     damping_mode: DampingMode = "relative"
     sampling_damping: float = 1.0
     fisher: FisherKind = "propagated"

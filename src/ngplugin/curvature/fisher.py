@@ -14,11 +14,14 @@ from ngplugin.curvature.blocks import (
     Block,
     BlockDamping,
     DiagonalBlock,
+    ExactBlock,
     HalfDiagonalBlock,
     KroneckerBlock,
     UnitBlock,
 )
 from ngplugin.curvature.blocks.block import curvature_dtype
+from ngplugin.curvature.exact_rows import ExactRows
+from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 MapBlock = (KroneckerBlock, HalfDiagonalBlock)  # the blocks that take the scores of maps
@@ -53,19 +56,33 @@ class Fisher:
 
     Args:
         diagonal: give all parameters diagonal blocks.
+        exact: asked first, for a block of all parameters together; None for none.
 
     Attributes:
         parameters: those to be covered now, in the optimizer's order; may change between steps.
     """
 
-    def __init__(self, diagonal: bool = False) -> None:
+    def __init__(self, diagonal: bool = False, exact: ExactRows | None = None) -> None:
         self.parameters: list[Tensor] = []
+        self.exact = exact
         self._diagonal = diagonal
         self._block_of: dict[int, Block] = {}  # id of the parameter
         self._reason: dict[int, str] = {}
         self._use: dict[int, str] = {}  # of parameters that no map's block holds: what they are
 
     # -- taking scores in (the observer's side) ----------------------------------------------
+
+    def add_rows(self, loss: ScoredCall, weights: Tensor) -> None:
+        """Take the exact rows of a loss, if they are wanted, while its graph is there."""
+        if self.exact is None:
+            return
+        self.exact.collect(loss, weights, self.parameters)
+        if self.exact.refused is not None:
+            self._drop([block for block in self.blocks if isinstance(block, ExactBlock)])
+
+    def takes(self, p: Tensor) -> bool:
+        """Whether scores are wanted of a parameter: not where the exact rows say all."""
+        return self.exact is None or not self.exact.holds(p)
 
     def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
         """Give the weight of each map a block, when it is first seen.
@@ -174,7 +191,11 @@ class Fisher:
 
     def unmapped(self) -> list[Tensor]:
         """The parameters that no map's block holds."""
-        return [p for p in self.parameters if not isinstance(self._block_of.get(id(p)), MapBlock)]
+        return [
+            p
+            for p in self.parameters
+            if not isinstance(self._block_of.get(id(p)), (*MapBlock, ExactBlock))
+        ]
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
@@ -202,11 +223,18 @@ class Fisher:
         """Forget what was added and not folded."""
         for block in self.blocks:
             block.discard()
+        if self.exact is not None:
+            self.exact.discard()
 
     # -- averaging and inverting -------------------------------------------------------------
 
     def fold(self, total_weight: float, decay: float) -> int:
         """Fold what was added into the averages; returns how many statistics were not finite."""
+        found = None if self.exact is None else self.exact.decide()
+        if found is not None:
+            held = {id(p) for p in found.parameters}
+            self._drop([b for b in self.blocks if any(id(p) in held for p in b.parameters)])
+            self._settle(found, "all parameters of a small model together")
         return sum(not block.fold(total_weight, decay) for block in self.blocks)
 
     def fold_empirical(self, parameters: Sequence[Tensor], scale: float, decay: float) -> None:
@@ -229,7 +257,12 @@ class Fisher:
                 block.add_gradient_score(p.grad, 1.0)
                 block.fold(scale, decay)
 
-    def refresh(self, damping: BlockDamping, only_new: bool = False) -> int:
+    def refresh(
+        self,
+        damping: BlockDamping,
+        only_new: bool = False,
+        every_step: BlockDamping | None = None,
+    ) -> int:
         """Invert the damped averages; returns how many factorizations failed.
 
         Args:
@@ -238,15 +271,17 @@ class Fisher:
                 rounding errors, and a Fisher of their squares: no block's mean eigenvalue counts
                 for less than (100 ε)² of the largest.
             only_new: leave the blocks alone that have an inverse already.
+            every_step: the same for the blocks that are refreshed at every step.
         """
         ready = [block for block in self.blocks if block.ready]
-        due = [block for block in ready if not (only_new and block.inverted)]
+        due = [b for b in ready if b.every_step or not (only_new and b.inverted)]
         if not due:
             return 0
         largest = float(torch.stack([block.mean_eigenvalue() for block in ready]).max())
         rounding = 100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        floored = replace(damping, floor=rounding**2 * largest)
-        return sum(not block.refresh(floored) for block in due)
+        floor = rounding**2 * largest
+        usual, other = replace(damping, floor=floor), replace(every_step or damping, floor=floor)
+        return sum(not b.refresh(other if b.every_step else usual) for b in due)
 
     @property
     def blocks(self) -> list[Block]:
@@ -308,7 +343,11 @@ class Fisher:
 
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""
-        return self._reason.get(id(parameter), "no observed loss depends on it yet")
+        reason = self._reason.get(id(parameter), "no observed loss depends on it yet")
+        if self.exact is None or self.exact.holds(parameter):
+            return reason
+        why_not = self.exact.reasons.get(id(parameter)) or self.exact.refused
+        return f"{reason}; not exact: {why_not}" if why_not else reason
 
     def block(self, parameter: Tensor) -> Block | None:
         """The block that holds the parameter, None before one was found for it."""
@@ -338,7 +377,9 @@ class Fisher:
         for saved in state:
             parameters = [self.parameters[i] for i in saved["parameters"]]
             block: Block
-            if saved["kind"] == KroneckerBlock.kind:
+            if saved["kind"] == ExactBlock.kind:
+                block = ExactBlock(parameters)
+            elif saved["kind"] == KroneckerBlock.kind:
                 bias = parameters[1] if len(parameters) > 1 else None
                 block = KroneckerBlock(parameters[0], bias, saved["groups"], saved["inputs_first"])
             elif saved["kind"] == HalfDiagonalBlock.kind:
@@ -351,6 +392,11 @@ class Fisher:
             for p, reason in zip(parameters, saved["reasons"], strict=True):
                 self._block_of[id(p)] = block
                 self._reason[id(p)] = reason
+
+    def _drop(self, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            for p in block.parameters:
+                del self._block_of[id(p)]
 
     def _settle(self, block: Block, reason: str) -> None:
         for p in block.parameters:

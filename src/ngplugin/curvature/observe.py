@@ -44,6 +44,12 @@ from ngplugin.curvature.taps import LookupCall, MapCall, NormCall, read_map_call
 class ScoreSink(Protocol):
     """What takes the scores in: the Fisher matrix under construction."""
 
+    def add_rows(self, loss: ScoredCall, weights: Tensor) -> None:
+        """Take what is wanted of a loss beside scores, while its graph is there."""
+
+    def takes(self, p: Tensor) -> bool:
+        """Whether scores are wanted of a parameter."""
+
     def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
         """Learn which parameters act through which maps and normalizations."""
 
@@ -251,9 +257,12 @@ class Observer(TorchFunctionMode):
         Terms are independent, so the gradient of Σ_i √w_i s_i has the covariance F.
         """
         assert self._sink is not None
-        self._sink.assign([call for call, _ in observation.maps], observation.norms)
+        self._sink.add_rows(loss, weights)
+        maps = [m for m in observation.maps if self._sink.takes(m[0].weight)]
+        norms = [n for n in observation.norms if n.weight is None or self._sink.takes(n.weight)]
+        self._sink.assign([call for call, _ in maps], norms)
         unmapped = [p for p in self._sink.unmapped() if p.requires_grad]
-        inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
+        inputs: Any = [*(edge for _, edge in maps), *unmapped]
         if not inputs:
             return
         for _ in range(self._draws):
@@ -271,10 +280,10 @@ class Observer(TorchFunctionMode):
                 retain_graph=True,
                 allow_unused=True,
             )
-            for (call, _), score in zip(observation.maps, scores, strict=False):
+            for (call, _), score in zip(maps, scores, strict=False):
                 if score is not None:
                     self._sink.add_map_score(call, score, 1 / self._draws)
-            gradients = zip(unmapped, scores[len(observation.maps) :], strict=True)
+            gradients = zip(unmapped, scores[len(maps) :], strict=True)
             self._sink.add_gradient_scores(
                 [(p, score) for p, score in gradients if score is not None], 1 / self._draws
             )

@@ -4,6 +4,7 @@ from ngplugin.curvature.blocks.block import Block as Block
 from ngplugin.curvature.blocks.block import BlockDamping as BlockDamping
 from ngplugin.curvature.blocks.block import DampingMode as DampingMode
 from ngplugin.curvature.blocks.diagonal import DiagonalBlock as DiagonalBlock
+from ngplugin.curvature.blocks.exact import ExactBlock as ExactBlock
 from ngplugin.curvature.blocks.half_diagonal import HalfDiagonalBlock as HalfDiagonalBlock
 from ngplugin.curvature.blocks.kronecker import KroneckerBlock as KroneckerBlock
 from ngplugin.curvature.blocks.unit import UnitBlock as UnitBlock
@@ -13,6 +14,7 @@ __all__ = [
     "BlockDamping",
     "DampingMode",
     "DiagonalBlock",
+    "ExactBlock",
     "HalfDiagonalBlock",
     "KroneckerBlock",
     "UnitBlock",

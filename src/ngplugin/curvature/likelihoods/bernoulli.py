@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
 from ngplugin.curvature.likelihoods.loss_call import LossCall, divisor_of, flat, reduction_of
 
 
@@ -20,11 +20,11 @@ class Bernoulli(Likelihood):
         p = self.natural.sigmoid()
         return p - torch.bernoulli(p, generator=generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
+    def propagate(self, signs: Tensor) -> Tensor:
         """ε √(p (1 - p))."""
         # sigmoid(-η) is 1 - p without the cancellation.
         root = (self.natural.sigmoid() * (-self.natural).sigmoid()).sqrt()
-        return root * random_signs(root, generator)
+        return root * signs
 
     def kl(self, other: Likelihood) -> Tensor:
         """p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q))."""

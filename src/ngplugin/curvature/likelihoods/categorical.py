@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
 from ngplugin.curvature.likelihoods.loss_call import (
     LossCall,
     divisor_of,
@@ -26,11 +26,11 @@ class Categorical(Likelihood):
         y = torch.multinomial(p, 1, generator=generator)  # [terms, 1]
         return p.scatter_add(-1, y, p.new_full((1, 1), -1.0).expand_as(y))
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
+    def propagate(self, signs: Tensor) -> Tensor:
         """√p∘ε - p (√pᵀε), whose covariance is diag(p) - ppᵀ."""
         p = self.natural.softmax(-1)
         root = p.sqrt()
-        signed = root * random_signs(root, generator)
+        signed = root * signs
         return signed - p * signed.sum(-1, keepdim=True)
 
     def kl(self, other: Likelihood) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
 from ngplugin.curvature.likelihoods.loss_call import Location, LossCall, divisor_of, reduction_of
 
 
@@ -23,9 +23,9 @@ class Gaussian(Likelihood):
         """η - y with y ~ N(η, 1): a standard normal draw."""
         return torch.empty_like(self.natural).normal_(generator=generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
+    def propagate(self, signs: Tensor) -> Tensor:
         """ε: the Fisher information of the mean is 1."""
-        return random_signs(self.natural, generator)
+        return signs
 
     def kl(self, other: Likelihood) -> Tensor:
         """½ (η - η')² at unit variance."""

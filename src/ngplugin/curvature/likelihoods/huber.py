@@ -62,9 +62,9 @@ class Huber(Likelihood):
         inside = torch.empty_like(uniform).uniform_(generator=generator) < self._inside()
         return torch.where(inside, x.clamp_max(a), a) * random_signs(uniform, generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
+    def propagate(self, signs: Tensor) -> Tensor:
         """ε √P(|x| ≤ a)."""
-        return self._inside().sqrt() * random_signs(self.natural, generator)
+        return self._inside().sqrt() * signs
 
     def kl(self, other: Likelihood) -> Tensor:
         """∫₀^Δ (Δ - u) P(|x - u| ≤ a) du.

@@ -21,9 +21,9 @@ class Laplace(Likelihood):
         """sign(η - y): either sign with probability one half."""
         return random_signs(self.natural, generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
+    def propagate(self, signs: Tensor) -> Tensor:
         """ε: the Fisher information of the location is 1."""
-        return random_signs(self.natural, generator)
+        return signs
 
     def kl(self, other: Likelihood) -> Tensor:
         """|Δη| + exp(-|Δη|) - 1."""

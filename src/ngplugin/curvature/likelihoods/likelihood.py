@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -67,6 +68,13 @@ class Likelihood(Prediction):
         """Draw y from the model's own prediction: s = -∇_η log p(y | η), the shape of η."""
 
     @abstractmethod
+    def propagate(self, signs: Tensor) -> Tensor:
+        """H^½ ε of every term, for a symmetric or other root H^½, the shape of η.
+
+        Args:
+            signs: ε, the shape of η.
+        """
+
     def propagated_score(self, generator: torch.Generator) -> Tensor:
         """Draw s = H^½ ε with independent signs ε = ±1, the shape of η.
 
@@ -75,6 +83,32 @@ class Likelihood(Prediction):
         Fisher information that is left (curvature propagation: Martens, Sutskever & Swersky 2012,
         arXiv:1206.6464).
         """
+        return self.propagate(random_signs(self.natural, generator))
+
+    def root(self) -> Tensor:
+        """H^½ of every term as a matrix, `[terms, outputs, columns]`."""
+        one = torch.zeros_like(self.natural)
+        if one.dim() == 1:
+            return self.propagate(one + 1)[:, None, None]
+        columns = []
+        for c in range(one.shape[1]):
+            one.zero_()[:, c] = 1
+            columns.append(self.propagate(one))
+        return torch.stack(columns, -1)
+
+    def residual(self, target: Tensor) -> Tensor:
+        """-d log p(target)/dη of every term, the shape of η."""
+        eta = self.natural.detach().requires_grad_()
+        with torch.enable_grad():
+            total = self._at(eta).nll(target).sum()
+        (gradient,) = torch.autograd.grad(total, eta)
+        return gradient
+
+    def _at(self, natural: Tensor) -> Likelihood:
+        """The same family elsewhere."""
+        other = copy.copy(self)
+        other.natural = natural
+        return other
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -63,6 +63,25 @@ class ScoredCall(ABC):
     def detached(self) -> ScoredCall:
         """The same without any graph."""
 
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """√w H^½ of every term, None where no root of H is known."""
+        return None
+
+
+@dataclass(frozen=True)
+class FisherRoot:
+    """w H = B Bᵀ of every term, with B = √w H^½.
+
+    Attributes:
+        columns: B's columns, each of η's shape `[terms, ...]`.
+        residuals: ρ of each column, `[terms]`: d(objective)/dη = Σ_c B_c ρ_c.
+        pull_back: carries d/dη to d/d(each prediction).
+    """
+
+    columns: list[Tensor]
+    residuals: list[Tensor]
+    pull_back: Callable[[Tensor], list[Tensor]]
+
 
 @dataclass(frozen=True)
 class LossCall(ScoredCall):
@@ -112,6 +131,19 @@ class LossCall(ScoredCall):
         }[kind](generator)
         root = weights.sqrt().reshape(-1, *[1] * (score.dim() - 1))
         return self.pull_back(root * score)
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """From the family's own root; ρ = √w H^-½ s is the least solution, s the residual."""
+        likelihood = self.likelihood()
+        root, s = likelihood.root(), likelihood.residual(self.target)
+        sqrt = weights.sqrt()
+        if root.shape[1:] == (1, 1):
+            (column,) = root.reshape(1, -1)
+            rho = torch.where(column == 0, 0.0, s / column)
+            return FisherRoot([sqrt * column], [sqrt * rho], self.pull_back)
+        rho = (torch.linalg.pinv(root) @ s[:, :, None])[:, :, 0] * sqrt[:, None]
+        columns = [*(root * sqrt[:, None, None]).unbind(-1)]
+        return FisherRoot(columns, [*rho.unbind(-1)], self.pull_back)
 
     def detached(self) -> LossCall:
         """The same with detached predictions."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
 from ngplugin.curvature.likelihoods.loss_call import Location, LossCall, divisor_of
 
 
@@ -25,11 +25,11 @@ class Normal(Likelihood):
         z = torch.empty_like(mean).normal_(generator=generator)
         return torch.stack([-z / v.sqrt(), 0.5 * (1 - z.square()) / v], -1)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
+    def propagate(self, signs: Tensor) -> Tensor:
         """(ε₁/√v, ε₂/(√2 v))."""
         v = self._split()[1]
         root = torch.stack([v.rsqrt(), 0.5**0.5 / v], -1)
-        return root * random_signs(root, generator)
+        return root * signs
 
     def kl(self, other: Likelihood) -> Tensor:
         """½ (v/v' - 1 - log(v/v') + (m - m')²/v')."""

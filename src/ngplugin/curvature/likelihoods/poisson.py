@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.likelihoods.likelihood import Likelihood, random_signs
+from ngplugin.curvature.likelihoods.likelihood import Likelihood
 from ngplugin.curvature.likelihoods.loss_call import LossCall, divisor_of, reduction_of
 
 
@@ -17,10 +17,10 @@ class Poisson(Likelihood):
         rate = self.natural.exp()
         return rate - torch.poisson(rate, generator=generator)
 
-    def propagated_score(self, generator: torch.Generator) -> Tensor:
+    def propagate(self, signs: Tensor) -> Tensor:
         """ε √λ."""
         root = (0.5 * self.natural).exp()
-        return root * random_signs(root, generator)
+        return root * signs
 
     def kl(self, other: Likelihood) -> Tensor:
         """λ (η - η') - λ + λ'."""
