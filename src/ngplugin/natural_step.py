@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,54 +20,16 @@ from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observe import Observation, Observer, why_no_fisher
 from ngplugin.damping import LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
-from ngplugin.kl_measurement import KlMeasurement
 from ngplugin.momentum import GradientMomentum
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
 from ngplugin.step_group import StepGroup
+from ngplugin.step_length import Applied, Model, Move, StepLength, dot, total
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 
 _FIRST_STEPS = 10  # whose statistics are all taken and whose KL is all measured
-_MOST_SHRINKS = 4
-
-
-@dataclass(frozen=True)
-class _Move:
-    """One parameter's part of a step: θ ← θ - s · lr · direction."""
-
-    parameter: Tensor
-    gradient: Tensor
-    natural_gradient: Tensor
-    curved: Tensor | None  # F/Σw times the natural gradient, where that came with it
-    direction: Tensor  # the natural gradient, and the weight decay's part
-    lr: float
-    decay: float
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A full step's quadratic model and the vectors' sizes, on the host."""
-
-    q: float = 0.0  # ½ΔᵀFΔ, nats per term
-    slope: float = 0.0  # -gᵀΔ, in units of the objective
-    gg: float = 0.0  # inner products of the gradient g and the natural gradient d
-    dd: float = 0.0
-    gd: float = 0.0
-
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.q, self.slope, self.gg, self.dd, self.gd)))
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """What became of a proposed step: s, and what was measured of it."""
-
-    scale: float
-    kl: float | None = None
-    reduction: float | None = None  # of the scored losses, in units of the objective
-    shrinks: int = 0
-    rejected: bool = False
+_MOST_TRIALS = 8  # of one step, with more and more damping
 
 
 class NaturalGradientStep:
@@ -97,7 +57,7 @@ class NaturalGradientStep:
         self._bound: StepBound = NoTrustRegion()
         if options.kl_radius is not None:
             self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
-        self._measurement = KlMeasurement()
+        self._length = StepLength(self._bound)
         self._check = ObjectiveCheck()
         self._momentum = GradientMomentum(options.nesterov)
         self._generator: torch.Generator | None = None
@@ -158,7 +118,8 @@ class NaturalGradientStep:
         """What wants the reduction ratio of every step."""
         for schedule in (self._exact_damping, self._damping):
             if isinstance(schedule, LevenbergMarquardt):
-                steers = self._exact_block() is not None or schedule is self._damping
+                chosen = self.fisher.exact
+                steers = schedule is self._damping or (chosen and chosen.refused is None)
                 return schedule if steers else None
         return None
 
@@ -192,21 +153,16 @@ class NaturalGradientStep:
             dropped, failed = self._update_curvature(groups, observations, damping)
             schedule = max((group.schedule for group in groups), default=1.0)
             finite = _gradients_are_finite(groups)
-            moves = self._propose(groups) if finite else []
-            model, applied = _Model(), _Applied(0.0)
-            if moves and self.steps >= self.options.burn_in:
-                model = self._model(moves)
+            model, applied = Model(), Applied(0.0)
+            if finite:
+                model, applied = self._move(groups, schedule, observations)
                 finite = model.finite()
-                if finite:
-                    applied = self._apply_bounded(moves, model, schedule, observations)
-                else:
-                    model = _Model()
+                model = model if finite else Model()
         for observation in observations:
             observation.maps.clear()  # lets the graph go
         now = time.perf_counter()
         seconds = max(now - self._last_time, 1e-9)
         spent = now - started + sum(observation.seconds for observation in observations)
-        expected = self._expected(applied.scale, model)
         norms = math.sqrt(model.gg * model.dd)
         condition = self._condition
         self.report = StepReport(
@@ -218,9 +174,7 @@ class NaturalGradientStep:
             damping=damping,
             condition_number=None if condition is None else condition.damped,
             condition_number_undamped=None if condition is None else condition.undamped,
-            reduction_ratio=(
-                None if applied.reduction is None or expected <= 0 else applied.reduction / expected
-            ),
+            reduction_ratio=applied.ratio(model),
             grad_norm=math.sqrt(model.gg),
             natural_grad_norm=math.sqrt(model.dd),
             cosine=model.gd / norms if norms > 0 else 0.0,
@@ -264,12 +218,15 @@ class NaturalGradientStep:
             raise StepOrderError(why_no_fisher(observations))
         due = refresh_due(self.steps, options.refresh_every)
         rule = BlockDamping(damping, options.damping_mode, options.sampling_damping)
-        exact = replace(rule, value=damping_at(self._exact_damping, self.steps))
-        failed = self.fisher.refresh(rule, not due, exact)
+        failed = self.fisher.refresh(rule, only_new=not due)
+        failed += self.fisher.refresh_every_step(self._exact_rule())
         last = self._condition_step
         if due and (last < 0 or self.steps - last >= options.spectrum_every):
             self._condition, self._condition_step = self.fisher.condition(), self.steps
         return dropped, failed
+
+    def _exact_rule(self) -> BlockDamping:
+        return BlockDamping(damping_at(self._exact_damping, self.steps), self.options.damping_mode)
 
     def _fold_empirical(self, groups: Sequence[StepGroup], weight: ObjectiveWeight) -> None:
         """Give parameters that only an unrecognised loss trains the empirical Fisher.
@@ -280,8 +237,32 @@ class NaturalGradientStep:
         parameters = [p for group in groups for p in group.parameters if p.grad is not None]
         self.fisher.fold_empirical(parameters, weight.squares, self.options.decay)
 
-    def _propose(self, groups: Sequence[StepGroup]) -> list[_Move]:
-        """The step before its length is decided; empty if there is no gradient."""
+    def _move(
+        self, groups: Sequence[StepGroup], schedule: float, observations: Sequence[Observation]
+    ) -> tuple[Model, Applied]:
+        """Propose a step and take it; with an exact block until one succeeds."""
+        averaged = self._averaged(groups)
+        steering = self._steers_damping()
+        taped = self._length.measurable(observations, self._weight.nats)
+        for _ in range(_MOST_TRIALS):
+            moves = self._propose(groups, averaged)
+            model = self._model(moves) if moves else Model()
+            if not (moves and self.steps >= self.options.burn_in and model.finite()):
+                return model, Applied(0.0)
+            if self._exact_block() is None or steering is None or not taped:
+                applied = self._length.shrunk(moves, model, self.steps, schedule, taped)
+            else:
+                applied = self._length.tried(moves, model, schedule, taped)
+            ratio = applied.ratio(model)
+            if steering is not None and (ratio is not None or applied.rejected):
+                steering.see(-1.0 if ratio is None else ratio)
+            if not applied.rejected or steering is None or self._exact_block() is None:
+                break
+            self.fisher.refresh_every_step(self._exact_rule())
+        return model, applied
+
+    def _averaged(self, groups: Sequence[StepGroup]) -> dict[int, Tensor]:
+        """What to precondition, by the id of each parameter."""
         block = self._exact_block()
         averaged = {}
         for group in groups:
@@ -293,6 +274,10 @@ class NaturalGradientStep:
                     averaged[id(p)] = p.grad
                 else:
                     averaged[id(p)] = self._momentum.update(p, group.momentum)
+        return averaged
+
+    def _propose(self, groups: Sequence[StepGroup], averaged: dict[int, Tensor]) -> list[Move]:
+        """The step before its length is decided; empty if there is no gradient."""
         natural, curved = averaged, dict[int, Tensor]()
         if self.options.structure != "identity":
             natural, curved = self.fisher.precondition(averaged)
@@ -305,24 +290,26 @@ class NaturalGradientStep:
                 if id(p) in natural and p.grad is not None and group.lr > 0:
                     d = natural[id(p)]
                     u = d.add(p, alpha=group.decay / group.lr) if group.decay else d
-                    moves.append(_Move(p, p.grad, d, curved.get(id(p)), u, group.lr, group.decay))
+                    moves.append(Move(p, p.grad, d, curved.get(id(p)), u, group.lr, group.decay))
         return moves
 
-    def _model(self, moves: Sequence[_Move]) -> _Model:
+    def _model(self, moves: Sequence[Move]) -> Model:
         """The quadratic model of the step Δ = -lr · direction at full length."""
         numbers = torch.stack(
             [
                 # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
                 0.5 * self._curvature(moves) * (self._weight.total / self._weight.nats),
-                _sum(m.lr * _dot(m.gradient, m.direction) for m in moves),
-                _sum(_dot(m.gradient, m.gradient) for m in moves),
-                _sum(_dot(m.natural_gradient, m.natural_gradient) for m in moves),
-                _sum(_dot(m.gradient, m.natural_gradient) for m in moves),
+                total(m.lr * dot(m.gradient, m.direction) for m in moves),
+                total(dot(m.gradient, m.gradient) for m in moves),
+                total(dot(m.natural_gradient, m.natural_gradient) for m in moves),
+                total(dot(m.gradient, m.natural_gradient) for m in moves),
             ]
         )
-        return _Model(*numbers.tolist())  # the one transfer to the host
+        # The one transfer to the host.
+        q, slope, gg, dd, gd = numbers.tolist()
+        return Model(q, slope, gg, dd, gd, self._weight.nats)
 
-    def _curvature(self, moves: Sequence[_Move]) -> Tensor:
+    def _curvature(self, moves: Sequence[Move]) -> Tensor:
         """ΔᵀFΔ/Σw of the step at full length, a scalar."""
         delta = {id(m.parameter): m.direction * m.lr for m in moves}
         if any(m.curved is None for m in moves) or len({m.lr for m in moves}) > 1:
@@ -334,56 +321,7 @@ class NaturalGradientStep:
                 for key, part in self.fisher.product(decayed).items():
                     product[key] = product[key] + part
         zero = torch.zeros((), device=moves[0].direction.device)
-        return _sum([zero, *(_dot(delta[key], part) for key, part in product.items())])
-
-    def _apply_bounded(
-        self,
-        moves: Sequence[_Move],
-        model: _Model,
-        schedule: float,
-        observations: Sequence[Observation],
-    ) -> _Applied:
-        """Move the parameters, as far as the bound allows."""
-        q, nats = model.q, self._weight.nats
-        scale = self._bound.scale(q, schedule)
-        taped = [o for o in observations if o.tape is not None and o.scored]
-        negligible = 1e-3 * self._bound.radius(1.0) * nats
-        if not (taped and self._measurement.possible(taped, negligible)):
-            _move(moves, scale)
-            return _Applied(scale)
-        before = [m.parameter.clone() for m in moves]
-        steering = self._steers_damping()
-        for shrinks in range(_MOST_SHRINKS + 1):
-            _move(moves, scale)
-            divergence, reduction = self._measurement.measure(taped)
-            kl = divergence / nats
-            factor = self._bound.shrink(kl, schedule)
-            if factor is None:
-                self._bound.calibrate(self.steps, scale**2 * q, kl)
-                applied = _Applied(scale, kl, reduction, shrinks)
-                if steering is None or self._believed(applied, model, steering):
-                    return applied
-                _restore(moves, before)
-                return replace(applied, scale=0.0, rejected=True)
-            _restore(moves, before)
-            # Far out the KL saturates, and says too little of how much too long the step is.
-            tried, scale = scale, scale * factor * 0.5**shrinks
-        # Learnt from all the same, else the next step would be the same and fail again.
-        self._bound.calibrate(self.steps, tried**2 * q, kl)
-        return _Applied(0.0, shrinks=_MOST_SHRINKS, rejected=True)
-
-    def _expected(self, scale: float, model: _Model) -> float:
-        """How far the objective falls by the quadratic model."""
-        return scale * model.slope - scale**2 * model.q * self._weight.nats
-
-    def _believed(self, applied: _Applied, model: _Model, steering: LevenbergMarquardt) -> bool:
-        """Let the damping learn from a step; False if the step is to be taken back."""
-        expected = self._expected(applied.scale, model)
-        if applied.reduction is None or expected <= 0:
-            return True
-        ratio = applied.reduction / expected
-        steering.see(ratio)
-        return ratio > 0
+        return total([zero, *(dot(delta[key], part) for key, part in product.items())])
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -424,23 +362,3 @@ def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:
     gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
     largest = [g.abs().max() for g in gradients if g.numel()]
     return not largest or math.isfinite(float(torch.stack(largest).max()))
-
-
-def _restore(moves: Sequence[_Move], before: Sequence[Tensor]) -> None:
-    for m, old in zip(moves, before, strict=True):
-        m.parameter.copy_(old)
-
-
-def _move(moves: Sequence[_Move], scale: float) -> None:
-    for m in moves:
-        m.parameter.add_(m.direction, alpha=-m.lr * scale)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, parts)

@@ -257,12 +257,7 @@ class Fisher:
                 block.add_gradient_score(p.grad, 1.0)
                 block.fold(scale, decay)
 
-    def refresh(
-        self,
-        damping: BlockDamping,
-        only_new: bool = False,
-        every_step: BlockDamping | None = None,
-    ) -> int:
+    def refresh(self, damping: BlockDamping, only_new: bool = False) -> int:
         """Invert the damped averages; returns how many factorizations failed.
 
         Args:
@@ -271,17 +266,22 @@ class Fisher:
                 rounding errors, and a Fisher of their squares: no block's mean eigenvalue counts
                 for less than (100 ε)² of the largest.
             only_new: leave the blocks alone that have an inverse already.
-            every_step: the same for the blocks that are refreshed at every step.
         """
         ready = [block for block in self.blocks if block.ready]
-        due = [b for b in ready if b.every_step or not (only_new and b.inverted)]
+        averaged = [block for block in ready if not block.every_step]
+        due = [block for block in averaged if not (only_new and block.inverted)]
         if not due:
             return 0
         largest = float(torch.stack([block.mean_eigenvalue() for block in ready]).max())
         rounding = 100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        floor = rounding**2 * largest
-        usual, other = replace(damping, floor=floor), replace(every_step or damping, floor=floor)
-        return sum(not b.refresh(other if b.every_step else usual) for b in due)
+        floored = replace(damping, floor=rounding**2 * largest)
+        return sum(not block.refresh(floored) for block in due)
+
+    def refresh_every_step(self, damping: BlockDamping) -> int:
+        """The same for the blocks that are of one batch; may be done again with more damping."""
+        return sum(
+            not block.refresh(damping) for block in self.blocks if block.every_step and block.ready
+        )
 
     @property
     def blocks(self) -> list[Block]:

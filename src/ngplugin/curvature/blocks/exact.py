@@ -61,6 +61,7 @@ class ExactBlock(Block):
         self._factor: Tensor | None = None  # Cholesky factor of it, damped
         self._damping = 0.0
         self._direction: Tensor | None = None  # d₋ of the objective, [P]
+        self._proposed: Tensor | None = None  # d, which the next batch takes for d₋
 
     # -- statistics ------------------------------------------------------------------------------
 
@@ -84,6 +85,7 @@ class ExactBlock(Block):
             return True
         if not finite(*(rows for rows, _ in added)):
             return False
+        self._direction = self._proposed
         self._rows = [rows for rows, _ in added]
         self._residual = torch.cat([residual for _, residual in added])
         self._total = total_weight
@@ -147,7 +149,7 @@ class ExactBlock(Block):
             direction = self._solve(rest)
             if carried is not None:
                 direction = direction + carried
-        self._direction = direction / self._total
+        self._proposed = direction / self._total
         return self._parts(direction, gradients), self._parts(self._F(direction), gradients)
 
     def _kernel_direction(self, g: Tensor, carried: Tensor | None) -> Tensor:
@@ -220,14 +222,14 @@ class ExactBlock(Block):
         return {
             "kind": self.kind,
             "average": self._average.state_dict(),
-            "direction": self._direction,
+            "direction": self._proposed,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
         like, d = self.parameters[0], state["direction"]
         self._average.load_state_dict(state["average"], like)
-        self._direction = None if d is None else d.to(like.device, copy=True)
+        self._proposed = None if d is None else d.to(like.device, copy=True)
 
 
 def gram(parts: Sequence[Tensor]) -> Tensor:
