@@ -114,14 +114,16 @@ class NaturalGradientStep:
     def _exact_block(self) -> ExactBlock | None:
         return None if self.fisher.exact is None else self.fisher.exact.block
 
+    def _steering(self) -> LevenbergMarquardt | None:
+        """The damping that learns from reduction ratios, if any does."""
+        both = (self._exact_damping, self._damping)
+        return next((d for d in both if isinstance(d, LevenbergMarquardt)), None)
+
     def _steers_damping(self) -> LevenbergMarquardt | None:
-        """What wants the reduction ratio of every step."""
-        for schedule in (self._exact_damping, self._damping):
-            if isinstance(schedule, LevenbergMarquardt):
-                chosen = self.fisher.exact
-                steers = schedule is self._damping or (chosen and chosen.refused is None)
-                return schedule if steers else None
-        return None
+        """What wants the reduction ratio of this step."""
+        steering, chosen = self._steering(), self.fisher.exact
+        exact = chosen is not None and chosen.refused is None
+        return steering if exact or steering is self._damping else None
 
     def _random(self, device: torch.device) -> torch.Generator:
         if self._generator is None:
@@ -270,8 +272,7 @@ class NaturalGradientStep:
                 if p.grad is None:
                     continue
                 if block is not None and any(p is q for q in block.parameters):
-                    block.momentum = group.momentum  # it averages directions
-                    averaged[id(p)] = p.grad
+                    averaged[id(p)] = p.grad  # the batch's own, as the rows are
                 else:
                     averaged[id(p)] = self._momentum.update(p, group.momentum)
         return averaged
@@ -335,6 +336,8 @@ class NaturalGradientStep:
             "momentum": self._momentum.state_dict(parameters),
             "fisher": self.fisher.state_dict(),
             "bound": self._bound.state_dict(),
+            "exact": None if self.fisher.exact is None else self.fisher.exact.state_dict(),
+            "damping": (steering := self._steering()) and steering.state_dict(),
             "generator": None if self._generator is None else self._generator.get_state(),
             "weight": (weight.total, weight.nats, weight.squares, weight.nll),
             "condition": condition and (condition.undamped, condition.damped),
@@ -350,6 +353,11 @@ class NaturalGradientStep:
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(state["fisher"])
         self._bound.load_state_dict(state["bound"])
+        if self.fisher.exact is not None and state.get("exact") is not None:
+            self.fisher.load_exact(state["exact"])
+        steering = self._steering()
+        if steering is not None and state.get("damping") is not None:
+            steering.load_state_dict(state["damping"])
         if state["generator"] is not None:
             self._random(parameters[0].device).set_state(state["generator"].cpu())
         self._weight = ObjectiveWeight(*state["weight"])

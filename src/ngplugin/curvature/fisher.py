@@ -378,6 +378,8 @@ class Fisher:
             parameters = [self.parameters[i] for i in saved["parameters"]]
             block: Block
             if saved["kind"] == ExactBlock.kind:
+                if self.exact is None:
+                    continue  # the options have changed
                 block = ExactBlock(parameters)
             elif saved["kind"] == KroneckerBlock.kind:
                 bias = parameters[1] if len(parameters) > 1 else None
@@ -392,6 +394,12 @@ class Fisher:
             for p, reason in zip(parameters, saved["reasons"], strict=True):
                 self._block_of[id(p)] = block
                 self._reason[id(p)] = reason
+
+    def load_exact(self, state: dict[str, Any]) -> None:
+        """Take over what was decided of an exact block; after `load_state_dict`."""
+        found = [block for block in self.blocks if isinstance(block, ExactBlock)]
+        assert self.exact is not None
+        self.exact.load_state_dict(state, found[0] if found else None)
 
     def _drop(self, blocks: Sequence[Block]) -> None:
         for block in blocks:

@@ -90,6 +90,7 @@ class Jacobian:
             total += math.prod(output[:-1]) * use.parameter.numel()
         return total
 
+    @torch.no_grad()
     def layouts(self, seeds: Seeds) -> list[Layout | None]:
         """Of the rows of each use; None where a use has no part in the prediction.
 
@@ -115,6 +116,7 @@ class Jacobian:
             found.append(_layout(one, many, self._examples, use.node.name()))
         return found
 
+    @torch.no_grad()
     def rows(
         self, seeds: Sequence[Tensor], layouts: Sequence[Layout | None], dtype: torch.dtype
     ) -> Tensor:

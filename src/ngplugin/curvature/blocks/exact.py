@@ -34,14 +34,10 @@ class ExactBlock(Block):
 
     *dense*, n ≥ P: a running average of R̃ᵀR̃.
 
-    Momentum is that of the directions, corrected for what this batch knows of them:
+    There is no momentum. Carried-over directions (SPRING, arXiv:2401.10190) were tried: they do
+    not get shorter as λ grows, so no damping makes a failed step succeed.
 
-        d = μ d₋ + (F + λ)⁻¹ (g - μ F d₋)
-
-    so it carries on in the directions that this batch says nothing about, and there alone.
-
-    Sources: Goldshlager, Abrahamsen & Lin 2024 (SPRING, arXiv:2401.10190); the push-through
-    identity in the kernel form of natural gradient: arXiv:2505.12149.
+    Source: the push-through identity in the kernel form of natural gradient: arXiv:2505.12149.
     """
 
     kind = "exact"
@@ -49,7 +45,6 @@ class ExactBlock(Block):
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = tuple(parameters)
-        self.momentum = 0.0  # μ of the next product
         self.remainder = 0.0  # share of the last gradient that is no combination of the rows
         self._size = sum(p.numel() for p in parameters)
         self._added: list[tuple[Tensor, Tensor]] = []
@@ -60,8 +55,6 @@ class ExactBlock(Block):
         self._matrix: Tensor | None = None  # K or F, as of the last refresh
         self._factor: Tensor | None = None  # Cholesky factor of it, damped
         self._damping = 0.0
-        self._direction: Tensor | None = None  # d₋ of the objective, [P]
-        self._proposed: Tensor | None = None  # d, which the next batch takes for d₋
 
     # -- statistics ------------------------------------------------------------------------------
 
@@ -85,7 +78,6 @@ class ExactBlock(Block):
             return True
         if not finite(*(rows for rows, _ in added)):
             return False
-        self._direction = self._proposed
         self._rows = [rows for rows, _ in added]
         self._residual = torch.cat([residual for _, residual in added])
         self._total = total_weight
@@ -137,37 +129,24 @@ class ExactBlock(Block):
     # -- products --------------------------------------------------------------------------------
 
     def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """D = μ d₋ + (F/Σw + λ)⁻¹ (g - μ F/Σw d₋), and F/Σw d."""
+        """D = (F/Σw + λ)⁻¹ g, and F/Σw d."""
         g = self._flat(gradients)
-        carried = None
-        if self.momentum and self._direction is not None:
-            carried = self.momentum * self._total * self._direction
-        if self.kernel_side:
-            direction = self._kernel_direction(g, carried)
-        else:
-            rest = g if carried is None else g - self._F(carried)
-            direction = self._solve(rest)
-            if carried is not None:
-                direction = direction + carried
-        self._proposed = direction / self._total
+        direction = self._kernel_direction(g) if self.kernel_side else self._solve(g)
         return self._parts(direction, gradients), self._parts(self._F(direction), gradients)
 
-    def _kernel_direction(self, g: Tensor, carried: Tensor | None) -> Tensor:
+    def _kernel_direction(self, g: Tensor) -> Tensor:
         assert self._residual is not None
-        root = math.sqrt(self._total)
-        rest = g - root * self._RT(self._residual)
+        rho = math.sqrt(self._total) * self._residual
+        rest = g - self._RT(rho)
         norm, left_over = torch.stack([g.norm(), rest.norm()]).tolist()
         self.remainder = left_over / norm if norm > 0 else 0.0
-        rho = root * self._residual  # g = R̃ᵀρ; _RT is R̃ᵀ
-        if carried is not None:
-            rho = rho - self._R(carried)
         z = self._solve(rho)
         # K + λ as it acts, and not as it was rounded when K was formed.
         z = z + self._solve(rho - self._R(self._RT(z)) - self._damping * z)
         direction = self._RT(z)
         if self.remainder > _ROUNDING and self._damping > 0:
             direction = direction + (rest - self._RT(self._solve(self._R(rest)))) / self._damping
-        return direction if carried is None else direction + carried
+        return direction
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """F/Σw v."""
@@ -218,18 +197,12 @@ class ExactBlock(Block):
         return n * self._size + (2 * n**2 if self.kernel_side else 3 * self._size**2)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and d₋; rows are of one batch, and come anew with the next."""
-        return {
-            "kind": self.kind,
-            "average": self._average.state_dict(),
-            "direction": self._proposed,
-        }
+        """The average; rows are of one batch, and come anew with the next."""
+        return {"kind": self.kind, "average": self._average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
-        like, d = self.parameters[0], state["direction"]
-        self._average.load_state_dict(state["average"], like)
-        self._proposed = None if d is None else d.to(like.device, copy=True)
+        self._average.load_state_dict(state["average"], self.parameters[0])
 
 
 def gram(parts: Sequence[Tensor]) -> Tensor:
