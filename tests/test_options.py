@@ -19,7 +19,7 @@ BAD = {
     "noise_variance": [0.0, -1.0, None, *NOT_NUMBERS],
     "damping_mode": ["relativ", None, 1],
     "fisher": ["empirical", "sample", None],
-    "structure": ["kronecker", "Auto", None],
+    "structure": ["kroneker", "Auto", None],
     "draws": [0, -1, 1.0, True, "1", None],
     "measure_every": [0, 2.5, True],
     "statistics_every": [0, 2.5, True],
@@ -31,7 +31,7 @@ BAD = {
 ALLOWED = {
     "damping_mode": ["relative", "absolute"],
     "fisher": ["sampled", "propagated"],
-    "structure": ["auto", "diagonal", "identity"],
+    "structure": ["auto", "exact", "kronecker", "diagonal", "identity"],
 }
 
 

@@ -3,7 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ngplugin.damping import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping
+from ngplugin.damping import (
+    ConstantDamping,
+    CosineDamping,
+    ExponentialDamping,
+    LevenbergMarquardt,
+    LinearDamping,
+)
 from ngplugin.errors import (
     NgpluginError,
     OptionError,
@@ -21,6 +27,7 @@ __all__ = [
     "CosineDamping",
     "Coverage",
     "ExponentialDamping",
+    "LevenbergMarquardt",
     "LinearDamping",
     "NaturalGradient",
     "NaturalGradientOptimizer",

@@ -173,7 +173,7 @@ class NaturalGradientStep:
             kl_predicted=applied.scale**2 * model.q,
             kl_radius=self._bound.radius(schedule),
             step_scale=applied.scale,
-            damping=damping,
+            damping=damping if self._exact_block() is None else self._exact_value(),
             condition_number=None if condition is None else condition.damped,
             condition_number_undamped=None if condition is None else condition.undamped,
             reduction_ratio=applied.ratio(model),
@@ -227,8 +227,11 @@ class NaturalGradientStep:
             self._condition, self._condition_step = self.fisher.condition(), self.steps
         return dropped, failed
 
+    def _exact_value(self) -> float:
+        return damping_at(self._exact_damping, self.steps)
+
     def _exact_rule(self) -> BlockDamping:
-        return BlockDamping(damping_at(self._exact_damping, self.steps), self.options.damping_mode)
+        return BlockDamping(self._exact_value(), self.options.damping_mode)
 
     def _fold_empirical(self, groups: Sequence[StepGroup], weight: ObjectiveWeight) -> None:
         """Give parameters that only an unrecognised loss trains the empirical Fisher.
@@ -354,7 +357,7 @@ class NaturalGradientStep:
         self.fisher.load_state_dict(state["fisher"])
         self._bound.load_state_dict(state["bound"])
         if self.fisher.exact is not None and state.get("exact") is not None:
-            self.fisher.load_exact(state["exact"])
+            self.fisher.exact.load_state_dict(state["exact"], self.fisher.blocks)
         steering = self._steering()
         if steering is not None and state.get("damping") is not None:
             steering.load_state_dict(state["damping"])

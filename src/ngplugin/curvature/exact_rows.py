@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks import ExactBlock
+from ngplugin.curvature.blocks import Block, ExactBlock
 from ngplugin.curvature.jacobian import CoupledExamples, Jacobian, Layout
 from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.likelihoods.loss_call import FisherRoot
@@ -71,6 +71,10 @@ class ExactRows:
         """Whether the parameter is in the block."""
         return self.block is not None and any(p is q for q in self.block.parameters)
 
+    def why_not(self, p: Tensor) -> str | None:
+        """Why the parameter is not in the block, as far as is known."""
+        return None if self.holds(p) else self.reasons.get(id(p)) or self.refused
+
     def collect(self, loss: ScoredCall, weights: Tensor, parameters: Sequence[Tensor]) -> None:
         """Take the rows of one loss, while its graph is there.
 
@@ -97,15 +101,20 @@ class ExactRows:
         examples = len(first) if first.dim() else 1
         if examples == 0 or terms % examples:
             return f"{terms:,} terms of {loss.name} for {examples:,} predictions"
-        if self.block is None:
-            too_large = self._too_large(terms, columns)
-            if too_large is not None:
-                return too_large
-        root = loss.fisher_root(weights)
-        if root is None:
+        outputs = loss.outputs()
+        if outputs is None:
             return f"no root of the Fisher information of {loss.name} is known"
-        each = terms // examples  # terms an example
+        too_large = self._too_large(terms * outputs, columns)
+        if too_large is not None:
+            return too_large
         jacobian = Jacobian(loss.predictions, columns, examples)
+        if self.block is None:  # what is too much for one loss need not be tried
+            too_much = self._too_much(terms * outputs, columns, 3 * jacobian.operations())
+            if too_much is not None:
+                return too_much
+        root = loss.fisher_root(weights)
+        assert root is not None
+        each = terms // examples  # terms an example
         for p in columns:
             if id(p) in jacobian.unknown:
                 if self.block is not None:
@@ -145,10 +154,10 @@ class ExactRows:
                 self.block.add_rows(one.rows, one.residual)
         return None
 
-    def _too_large(self, terms: int, columns: Sequence[Tensor]) -> str | None:
+    def _too_large(self, more: int, columns: Sequence[Tensor]) -> str | None:
         """Why rows and matrices have no room, if they have none."""
         size = sum(p.numel() for p in columns)
-        rows = terms + sum(len(one.rows) for one in self._pending)
+        rows = more + sum(len(one.rows) for one in self._pending)
         small = min(rows, size)
         needed = 8 * (rows * size + 2 * small**2)
         if needed <= _MOST_BYTES:
@@ -186,17 +195,21 @@ class ExactRows:
         return self.block
 
     def _why_not(self, rows: int, kept: Sequence[Tensor]) -> str | None:
-        if self._forced:
-            return None
+        """Why rows that are to be had do not pay."""
         size = sum(p.numel() for p in kept)
         wanted = max(_FEWEST_ROWS, size * _FEWEST_ROWS_PER_PARAMETER)
-        if rows < wanted:
+        if rows < wanted and not self._forced:
             return f"{rows:,} rows for {size:,} parameters, at least {wanted:,.0f} wanted"
+        return self._too_much(rows, kept, self._step_multiplications)
+
+    def _too_much(self, rows: int, columns: Sequence[Tensor], step: int) -> str | None:
+        """Why a matrix of so many rows is too much work beside a step's multiplications."""
+        size = sum(p.numel() for p in columns)
         needed = rows * size * min(rows, size)
-        most = min(_MOST_MULTIPLICATIONS, _MOST_TIMES_THE_STEP * self._step_multiplications)
-        if needed > most:
-            return f"{needed:.1e} multiplications a step, at most {most:.1e} wanted"
-        return None
+        most = min(_MOST_MULTIPLICATIONS, _MOST_TIMES_THE_STEP * step)
+        if needed <= most or self._forced:
+            return None
+        return f"{needed:.1e} multiplications a step, at most {most:.1e} wanted"
 
     def discard(self) -> None:
         """Forget what was collected and not folded."""
@@ -212,10 +225,11 @@ class ExactRows:
         """What was decided; the block itself is saved with the others."""
         return {"refused": self.refused, "steps": self._steps}
 
-    def load_state_dict(self, state: dict[str, Any], block: ExactBlock | None) -> None:
-        """Take over what was decided, and the block."""
+    def load_state_dict(self, state: dict[str, Any], blocks: Sequence[Block]) -> None:
+        """Take over what was decided, and the block that is among `blocks`."""
         self.discard()
-        self.refused, self._steps, self.block = state["refused"], int(state["steps"]), block
+        self.refused, self._steps = state["refused"], int(state["steps"])
+        self.block = next((b for b in blocks if isinstance(b, ExactBlock)), None)
 
 
 def _seeds(

@@ -344,9 +344,7 @@ class Fisher:
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""
         reason = self._reason.get(id(parameter), "no observed loss depends on it yet")
-        if self.exact is None or self.exact.holds(parameter):
-            return reason
-        why_not = self.exact.reasons.get(id(parameter)) or self.exact.refused
+        why_not = None if self.exact is None else self.exact.why_not(parameter)
         return f"{reason}; not exact: {why_not}" if why_not else reason
 
     def block(self, parameter: Tensor) -> Block | None:
@@ -394,12 +392,6 @@ class Fisher:
             for p, reason in zip(parameters, saved["reasons"], strict=True):
                 self._block_of[id(p)] = block
                 self._reason[id(p)] = reason
-
-    def load_exact(self, state: dict[str, Any]) -> None:
-        """Take over what was decided of an exact block; after `load_state_dict`."""
-        found = [block for block in self.blocks if isinstance(block, ExactBlock)]
-        assert self.exact is not None
-        self.exact.load_state_dict(state, found[0] if found else None)
 
     def _drop(self, blocks: Sequence[Block]) -> None:
         for block in blocks:

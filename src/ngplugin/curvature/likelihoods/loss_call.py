@@ -63,6 +63,10 @@ class ScoredCall(ABC):
     def detached(self) -> ScoredCall:
         """The same without any graph."""
 
+    def outputs(self) -> int | None:
+        """How many columns the root of a term's H has, None where no root is known."""
+        return None
+
     def fisher_root(self, weights: Tensor) -> FisherRoot | None:
         """√w H^½ of every term, None where no root of H is known."""
         return None
@@ -131,6 +135,11 @@ class LossCall(ScoredCall):
         }[kind](generator)
         root = weights.sqrt().reshape(-1, *[1] * (score.dim() - 1))
         return self.pull_back(root * score)
+
+    def outputs(self) -> int:
+        """As many as a term has natural parameters."""
+        natural = self.likelihood().natural
+        return natural[0].numel() if len(natural) else 1
 
     def fisher_root(self, weights: Tensor) -> FisherRoot | None:
         """From the family's own root; ρ = √w H^-½ s is the least solution, s the residual."""
