@@ -11,6 +11,7 @@ from ngplugin import NaturalGradientOptimizer, OptionError
 from ngplugin.curvature.blocks import BlockDamping, ExactBlock
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.fisher import Fisher
+from ngplugin.curvature.jacobian import Jacobian
 from tests.oracle import FAMILIES, dense_fisher, double, flat, observe, randn, unflat
 
 F = torch.nn.functional
@@ -149,12 +150,12 @@ def test_a_small_model_with_a_large_batch_is_exact_of_itself():
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [((2, 16, 1), 100), ((64, 256, 10), 256)])
-def test_few_rows_or_much_work_leave_the_usual_blocks_and_say_why(sizes, batch):
+def test_few_rows_or_much_work_leave_the_usual_blocks(sizes, batch):
     a, b, c = sizes
     net = nn.Sequential(nn.Linear(a, b), nn.Tanh(), nn.Linear(b, c))
     optimizer = train(net, randn(batch, a).float(), torch.randn(batch, c))
     assert kinds(optimizer) == {"kronecker"}
-    assert all("not exact: " in row.reason for row in optimizer.coverage().rows)
+    assert "wanted" in optimizer._engine.fisher.exact.refused
 
 
 def test_without_room_exact_is_refused_with_numbers():
@@ -169,6 +170,15 @@ def test_examples_that_meet_get_the_usual_blocks_and_are_told_why():
     assert "exact" not in kinds(optimizer)
     assert "depends on several examples" in optimizer.coverage().rows[0].reason
     assert optimizer.report.step == 2
+
+
+def test_rows_that_are_not_the_gradient_s_are_found_out(monkeypatch):
+    rows = Jacobian.rows
+    monkeypatch.setattr(Jacobian, "rows", lambda *given: rows(*given).roll(1, 0))
+    net = double(nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)))
+    optimizer = train(net, randn(40, 2), randn(40, 1), 1, structure="exact")
+    assert kinds(optimizer) == {"kronecker"}
+    assert "do not add up to the gradient" in optimizer.coverage().rows[0].reason
 
 
 def test_a_parameter_of_which_no_rows_are_had_has_its_usual_block_beside():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks import Block, ExactBlock
+from ngplugin.curvature.blocks.block import finite
 from ngplugin.curvature.jacobian import CoupledExamples, Jacobian, Layout
 from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.likelihoods.loss_call import FisherRoot
@@ -60,6 +61,7 @@ class ExactRows:
         self.no_room = False
         self.reasons: dict[int, str] = {}
         self._forced = forced
+        self._too_costly = False  # refused for its size
         self._parameters: list[Tensor] = []  # the columns of what is pending
         self._pending: list[_Pending] = []
         self._reached: set[int] = set()
@@ -72,8 +74,13 @@ class ExactRows:
         return self.block is not None and any(p is q for q in self.block.parameters)
 
     def why_not(self, p: Tensor) -> str | None:
-        """Why the parameter is not in the block, as far as is known."""
-        return None if self.holds(p) else self.reasons.get(id(p)) or self.refused
+        """Why the parameter is not in the block, if that is worth telling.
+
+        That a model is too large for what was not asked for is not.
+        """
+        if self.refused is not None:
+            return self.refused if self._forced or not self._too_costly else None
+        return None if self.block is None else self.reasons.get(id(p))
 
     def collect(self, loss: ScoredCall, weights: Tensor, parameters: Sequence[Tensor]) -> None:
         """Take the rows of one loss, while its graph is there.
@@ -112,6 +119,8 @@ class ExactRows:
             too_much = self._too_much(terms * outputs, columns, 3 * jacobian.operations())
             if too_much is not None:
                 return too_much
+        if not finite(*loss.predictions, weights):
+            return None  # the step will be skipped, and says nothing about the next
         root = loss.fisher_root(weights)
         assert root is not None
         each = terms // examples  # terms an example
@@ -162,7 +171,7 @@ class ExactRows:
         needed = 8 * (rows * size + 2 * small**2)
         if needed <= _MOST_BYTES:
             return None
-        self.no_room = True
+        self.no_room = self._too_costly = True
         return (
             f"{size:,} parameters and {rows:,} rows or more: {needed / 2**30:.1f} GiB of rows and "
             f"matrices, {_MOST_BYTES / 2**30:.0f} GiB at most"
@@ -199,6 +208,7 @@ class ExactRows:
         size = sum(p.numel() for p in kept)
         wanted = max(_FEWEST_ROWS, size * _FEWEST_ROWS_PER_PARAMETER)
         if rows < wanted and not self._forced:
+            self._too_costly = True
             return f"{rows:,} rows for {size:,} parameters, at least {wanted:,.0f} wanted"
         return self._too_much(rows, kept, self._step_multiplications)
 
@@ -209,6 +219,7 @@ class ExactRows:
         most = min(_MOST_MULTIPLICATIONS, _MOST_TIMES_THE_STEP * step)
         if needed <= most or self._forced:
             return None
+        self._too_costly = True
         return f"{needed:.1e} multiplications a step, at most {most:.1e} wanted"
 
     def discard(self) -> None:
@@ -223,12 +234,13 @@ class ExactRows:
 
     def state_dict(self) -> dict[str, Any]:
         """What was decided; the block itself is saved with the others."""
-        return {"refused": self.refused, "steps": self._steps}
+        return {"refused": self.refused, "costly": self._too_costly, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any], blocks: Sequence[Block]) -> None:
         """Take over what was decided, and the block that is among `blocks`."""
         self.discard()
         self.refused, self._steps = state["refused"], int(state["steps"])
+        self._too_costly = bool(state["costly"])
         self.block = next((b for b in blocks if isinstance(b, ExactBlock)), None)
 
 

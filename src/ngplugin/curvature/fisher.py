@@ -74,10 +74,9 @@ class Fisher:
 
     def add_rows(self, loss: ScoredCall, weights: Tensor) -> None:
         """Take the exact rows of a loss, if they are wanted, while its graph is there."""
-        if self.exact is None:
-            return
-        self.exact.collect(loss, weights, self.parameters)
-        if self.exact.refused is not None:
+        if self.exact is not None:
+            self.exact.collect(loss, weights, self.parameters)
+        if self.exact is not None and self.exact.refused is not None:
             self._drop([block for block in self.blocks if isinstance(block, ExactBlock)])
 
     def takes(self, p: Tensor) -> bool:
@@ -191,11 +190,8 @@ class Fisher:
 
     def unmapped(self) -> list[Tensor]:
         """The parameters that no map's block holds."""
-        return [
-            p
-            for p in self.parameters
-            if not isinstance(self._block_of.get(id(p)), (*MapBlock, ExactBlock))
-        ]
+        others = (*MapBlock, ExactBlock)
+        return [p for p in self.parameters if not isinstance(self._block_of.get(id(p)), others)]
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
@@ -233,7 +229,7 @@ class Fisher:
         found = None if self.exact is None else self.exact.decide()
         if found is not None:
             held = {id(p) for p in found.parameters}
-            self._drop([b for b in self.blocks if any(id(p) in held for p in b.parameters)])
+            self._drop([b for b in self.blocks if held & {id(p) for p in b.parameters}])
             self._settle(found, "all parameters of a small model together")
         return sum(not block.fold(total_weight, decay) for block in self.blocks)
 
@@ -344,7 +340,7 @@ class Fisher:
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""
         reason = self._reason.get(id(parameter), "no observed loss depends on it yet")
-        why_not = None if self.exact is None else self.exact.why_not(parameter)
+        why_not = self.exact and self.exact.why_not(parameter)
         return f"{reason}; not exact: {why_not}" if why_not else reason
 
     def block(self, parameter: Tensor) -> Block | None:
@@ -362,7 +358,7 @@ class Fisher:
         return [
             {
                 "parameters": [place[id(p)] for p in block.parameters],
-                "reasons": [self.reason(p) for p in block.parameters],
+                "reasons": [self._reason[id(p)] for p in block.parameters],
                 **block.state_dict(),
             }
             for block in self.blocks
@@ -373,11 +369,11 @@ class Fisher:
         """Take over a saved matrix, whatever blocks were there before."""
         self._block_of.clear()
         for saved in state:
+            if saved["kind"] == ExactBlock.kind and self.exact is None:
+                continue  # the options have changed
             parameters = [self.parameters[i] for i in saved["parameters"]]
             block: Block
             if saved["kind"] == ExactBlock.kind:
-                if self.exact is None:
-                    continue  # the options have changed
                 block = ExactBlock(parameters)
             elif saved["kind"] == KroneckerBlock.kind:
                 bias = parameters[1] if len(parameters) > 1 else None
