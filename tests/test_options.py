@@ -34,7 +34,7 @@ BAD = {
 ALLOWED = {
     "damping_mode": ["relative", "absolute"],
     "fisher": ["sampled", "propagated", "exact", "empirical", "ggn"],
-    "structure": ["auto", "kronecker", "eigen", "diagonal", "identity", "matrix-free"],
+    "structure": ["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"],
     "weight_sharing": ["expand", "reduce"],
 }
 

@@ -60,7 +60,9 @@ class NaturalGradientOptimizer(Optimizer):
             nearer to the data than half a nat, the bound falls with it; see `TrustRegion`.
         measure_every: the most steps between measurements of the KL, each one more forward pass;
             fewer where the prediction is off, and those of the first ten steps are all measured.
-        damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`.
+        damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`. `"auto"`: 0.1, and
+            for exact blocks, whose smallest eigenvalues are worth having, `LevenbergMarquardt`,
+            which asks for the reduction ratio of every step and takes back those that fail.
         damping_mode: `"relative"`: λ in units of each factor's mean eigenvalue. `"absolute"`: in
             units of F's eigenvalues, nats per term.
         sampling_damping: γ, with relative damping: a factor of size d that rests on n rows gets
@@ -73,15 +75,17 @@ class NaturalGradientOptimizer(Optimizer):
             gives another matrix than the Fisher. `"ggn"`: from the loss's own Hessian at the
             outputs of the last layers, as for every loss that is not recognised.
         draws: scores for each loss and observed step; an exact Fisher has as many as it needs.
-        structure: what is kept of F. `"kronecker"`: two factors for each linear map and each other
-            matrix, unit-wise blocks for normalizations, else diagonals. `"eigen"`: for linear maps
-            the second moments along the factors' eigenvectors too (EKFAC). `"diagonal"`: diagonal
-            everywhere. `"identity"`: d = m, gradient descent with momentum, whose steps `kl_radius`
-            bounds like any others. `"auto"`: at present `"kronecker"`.
-            `"matrix-free"`: d solves (F + damping) d = m with the F of the step's own batch, over
-            all parameters together, by conjugate gradients that the blocks of `"auto"`
-            precondition. Relative damping is then λ times the mean eigenvalue of each block, and
-            momentum is only in where the search starts. For large batches.
+        structure: what is kept of F. `"auto"`: exact for a small model with large batches (see
+            `ExactRows`), else Kronecker. `"exact"`: one block of all parameters, from per-example
+            Jacobians, whatever it costs, up to 1 GiB. `"kronecker"`: two factors for each linear
+            map and each other matrix, unit-wise blocks for normalizations, else diagonals.
+            `"eigen"`: for linear maps the second moments along the factors' eigenvectors too
+            (EKFAC). `"diagonal"`: diagonal everywhere. `"identity"`: d = m, gradient descent with
+            momentum, whose steps `kl_radius` bounds like any others. `"matrix-free"`: d solves
+            (F + damping) d = m with the F of the step's own batch, over all parameters together, by
+            conjugate gradients that the Kronecker blocks precondition. Relative damping is then λ
+            times the mean eigenvalue of each block, and momentum is only in where the search
+            starts. For large batches.
         weight_sharing: how tokens or pixels of an example count that share a weight. `"expand"`: as
             independent rows, right where each has a loss of its own. `"reduce"`: as one row, the
             mean input with the summed score, right where they are pooled before the loss. An
@@ -116,7 +120,7 @@ class NaturalGradientOptimizer(Optimizer):
         weight_decay: float = 0.0,
         kl_radius: float | None = 0.03,
         measure_every: int = 5,
-        damping: Damping = 0.1,
+        damping: Damping = "auto",
         damping_mode: DampingMode = "relative",
         sampling_damping: float = 1.0,
         fisher: FisherKind = "propagated",

@@ -15,7 +15,7 @@ from ngplugin.damping import Damping, as_schedule
 from ngplugin.errors import OptionError
 
 #: Which block a parameter gets; `"identity"` is F = I, plain gradient descent.
-Structure = Literal["auto", "kronecker", "eigen", "diagonal", "identity", "matrix-free"]
+Structure = Literal["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Options:
     nesterov: bool = True
     kl_radius: float | None = 0.03
     measure_every: int = 5
-    damping: Damping = 0.1
+    damping: Damping = "auto"
     damping_mode: DampingMode = "relative"
     sampling_damping: float = 1.0
     fisher: FisherKind = "propagated"
@@ -75,7 +75,7 @@ class Options:
     def block_rule(self) -> BlockRule:
         """How blocks are to be chosen; `"identity"` and `"matrix-free"` have some beside them."""
         structure: BlockStructure = "auto"
-        if self.structure != "identity" and self.structure != "matrix-free":
+        if self.structure in ("kronecker", "eigen", "diagonal"):
             structure = self.structure
         return BlockRule(structure, self.weight_sharing, self.max_factor)
 

@@ -76,7 +76,7 @@ class NaturalGradient(Callback):
         nesterov: bool = True,
         kl_radius: float | None = 0.03,
         measure_every: int = 5,
-        damping: Damping = 0.1,
+        damping: Damping = "auto",
         damping_mode: DampingMode = "relative",
         sampling_damping: float = 1.0,
         fisher: FisherKind = "propagated",

@@ -92,6 +92,29 @@ class ScoredCall(ABC):
     def detached(self) -> ScoredCall:
         """The same without any graph."""
 
+    def outputs(self) -> int | None:
+        """How many columns the root of a term's H has, None where no root is known."""
+        return None
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """√w H^½ of every term, None where no root of H is known."""
+        return None
+
+
+@dataclass(frozen=True)
+class FisherRoot:
+    """w H = B Bᵀ of every term, with B = √w H^½.
+
+    Attributes:
+        columns: B's columns, each of η's shape `[terms, ...]`.
+        residuals: ρ of each column, `[terms]`: d(objective)/dη = Σ_c B_c ρ_c.
+        pull_back: carries d/dη to d/d(each prediction).
+    """
+
+    columns: list[Tensor]
+    residuals: list[Tensor]
+    pull_back: Callable[[Tensor], list[Tensor]]
+
 
 @dataclass(frozen=True)
 class LossCall(ScoredCall):
@@ -168,6 +191,24 @@ class LossCall(ScoredCall):
                 yield likelihood.propagated_score(generator), 1 / draws
             else:
                 yield likelihood.empirical_score(self.target, generator), 1 / draws
+
+    def outputs(self) -> int:
+        """As many as a term has natural parameters."""
+        natural = self.likelihood().natural
+        return natural[0].numel() if len(natural) else 1
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """From the family's own root; ρ = √w H^-½ s is the least solution, s the residual."""
+        likelihood = self.likelihood()
+        root, s = likelihood.root_matrix(), likelihood.residual(self.target)
+        sqrt = weights.sqrt()
+        if root.shape[1:] == (1, 1):
+            (column,) = root.reshape(1, -1)
+            rho = torch.where(column == 0, 0.0, s / column)
+            return FisherRoot([sqrt * column], [sqrt * rho], self.pull_back)
+        rho = (torch.linalg.pinv(root) @ s[:, :, None])[:, :, 0] * sqrt[:, None]
+        columns = [*(root * sqrt[:, None, None]).unbind(-1)]
+        return FisherRoot(columns, [*rho.unbind(-1)], self.pull_back)
 
     def detached(self) -> LossCall:
         """The same with detached predictions."""
