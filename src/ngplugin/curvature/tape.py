@@ -86,7 +86,8 @@ class Tape:
         self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
         self._alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
-        self._alone: set[Slot] = set()  # what was computed from parameters only
+        self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
+        self._in_layers: set[int] = set()  # ids of the parameters that enter layers
         self._made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self._scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
@@ -125,7 +126,10 @@ class Tape:
             made = zip(outputs, tensors_in(result), strict=True)
             self._made.update((slot, t) for slot, t in made if slot is not None)
         if entry == "alone":
-            self._alone.update(slot for slot in outputs if slot is not None)
+            origins = self._parameters_in(inputs)
+            self._alone.update((slot, origins) for slot in outputs if slot is not None)
+        elif entry == "layer":
+            self._in_layers |= self._parameters_in(inputs)
         if not outputs and name != "__setitem__":
             return result  # a shape, a number: nothing to replay
         consumed = any(
@@ -173,13 +177,19 @@ class Tape:
             return "none"  # a penalty is added to a loss
         return "layer" if any(t.dim() > 1 for t in weights) else "beside"
 
+    def _parameters_in(self, inputs: Sequence[Tensor]) -> frozenset[int]:
+        """The ids of those among the inputs, or that these were computed from alone."""
+        direct = frozenset(id(t) for t in inputs if id(t) in self._parameters)
+        slots = [self._slots[t] for t in inputs if t in self._slots]
+        return direct.union(*(self._alone.get(slot, ()) for slot in slots))
+
     def score(self, value: Tensor) -> None:
         """Note that a value is that of a loss which is accounted for."""
         if value in self._slots:
             slot = self._slots[value]
             last = max(i for i, call in enumerate(self._calls) if slot in call.touched)
             self._scored[last] = value.detach().clone()
-            self._alone.discard(slot)
+            self._alone.pop(slot, None)
 
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
@@ -252,7 +262,8 @@ class Tape:
         Args:
             value: one tensor.
             deep: do not stop where parameters without layers enter; count such parameters
-                themselves as outputs of the model.
+                themselves as outputs of the model. Those that layers have too are none: a penalty
+                on weights says nothing of a prediction.
         """
         stops = {"layer"} if deep else {"layer", "beside"}
         written = {
@@ -280,7 +291,8 @@ class Tape:
                 needed.update(self._alias[s] for s in slots_in((call.args, call.kwargs)))
                 for t in (*tensors_in(call.args), *tensors_in(call.kwargs)):
                     unknown = t.grad_fn is not None and not self._origin_known(t)
-                    if unknown or (deep and id(t) in self._parameters):
+                    bare = id(t) in self._parameters and id(t) not in self._in_layers
+                    if unknown or (deep and bare):
                         outputs[id(t)] = t
                 continue
             needed.difference_update(self._alias[s] for s in met)

@@ -156,10 +156,6 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
             "rows": rows,
         }
 
-    def refresh(self, damping: BlockDamping) -> bool:
-        """Invert the damped average, if any score has come this way yet."""
-        return bool((self.average("rows") == 0).all()) or super().refresh(damping)
-
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """A group that no known map has used yet is scaled as the others are on average."""
         A_damping, G_damping = super()._dampings(A, G, damping)
