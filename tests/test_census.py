@@ -209,7 +209,7 @@ def squeeze_and_excite():
 # -- attention -------------------------------------------------------------------------------------
 
 
-@census(kronecker=12, unit__wise=4, diagonal=2)
+@census(kronecker=12, unit__wise=4, gradient__kronecker=1, diagonal=1)
 def vision_transformer():
     def forward(m, x):
         tokens = m.patches(x).flatten(2).mT
@@ -370,7 +370,7 @@ def mixture_of_routed_experts():
 # -- recurrent and graph ---------------------------------------------------------------------------
 
 
-@census(half__diagonal_kronecker=1, diagonal=4, kronecker=2)
+@census(half__diagonal_kronecker=1, gradient__kronecker=2, diagonal=2, kronecker=2)
 def lstm_classifier():
     tokens = sequences(24)
     return classifying(
@@ -385,7 +385,7 @@ def lstm_classifier():
     )
 
 
-@census(half__diagonal_kronecker=1, diagonal=8, kronecker=2)
+@census(half__diagonal_kronecker=1, gradient__kronecker=4, diagonal=4, kronecker=2)
 def gru_sequence_to_sequence():
     source = sequences()
     target = source.flip(1)
@@ -404,7 +404,7 @@ def gru_sequence_to_sequence():
     return model, lambda: F.cross_entropy(model(source, target[:, :-1]).mT, target[:, 1:])
 
 
-@census(diagonal=8, kronecker=2)
+@census(gradient__kronecker=4, diagonal=4, kronecker=2)
 def bidirectional_recurrent():
     x = torch.randn(12, 5, 3)
     return fitting(
@@ -540,6 +540,88 @@ def contrastive():
     return model, loss
 
 
+# -- losses written by hand -----------------------------------------------------------------------
+
+
+@census(kronecker=10)
+def variational_autoencoder():
+    x = (points(32, 6) > 0).float()
+    model = nn.ModuleDict(
+        {
+            "hidden": nn.Linear(6, 8),
+            "mean": nn.Linear(8, 2),
+            "log_variance": nn.Linear(8, 2),
+            "decode": nn.Linear(2, 8),
+            "out": nn.Linear(8, 6),
+        }
+    )
+    noise = torch.randn(32, 2)
+
+    def loss():
+        h = model["hidden"](x).tanh()
+        mean, log_variance = model["mean"](h), model["log_variance"](h)
+        logits = model["out"](model["decode"](mean + noise * (0.5 * log_variance).exp()).tanh())
+        kl = 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).sum(1).mean()
+        return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / 32 + kl
+
+    return model, loss
+
+
+@census(kronecker=4)
+def focal_loss():
+    x = points()
+    y = classes(x)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def loss():
+        log_p = model(x).log_softmax(1).gather(1, y[:, None])
+        return -((1 - log_p.exp()).square() * log_p).mean()
+
+    return model, loss
+
+
+@census(kronecker=4)
+def quantile_regression():
+    x = points()
+    y = x[:, :1] + torch.randn(48, 1)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    levels = torch.tensor([0.1, 0.5, 0.9])
+
+    def loss():
+        error = y - model(x)
+        return torch.maximum(levels * error, (levels - 1) * error).mean()
+
+    return model, loss
+
+
+@census(kronecker=2)
+def mixture_density_network_by_hand():
+    x = points(64, 2)
+    y = x[:, :1].sin() + 0.1 * torch.randn(64, 1)
+    model = nn.Linear(2, 9)
+
+    def loss():
+        logits, mean, log_scale = model(x).chunk(3, -1)
+        each = -0.5 * ((y - mean) * (-log_scale).exp()).square() - log_scale
+        return -(logits.log_softmax(-1) + each).logsumexp(-1).mean()
+
+    return model, loss
+
+
+@census(kronecker=4)
+def evidential_classifier():
+    x = points()
+    y = F.one_hot(classes(x), 3)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def loss():
+        evidence = F.softplus(model(x)) + 1
+        total = evidence.sum(1, keepdim=True)
+        return (y * (total.digamma() - evidence.digamma())).sum(1).mean()
+
+    return model, loss
+
+
 # -- parameters of other kinds ---------------------------------------------------------------------
 
 
@@ -576,7 +658,7 @@ def operator_network():
     )
 
 
-@census(kronecker=2, diagonal=3)
+@census(kronecker=2, gradient__kronecker=1, diagonal=2)
 def weight_normed():
     x = points()
     return classifying(
@@ -586,7 +668,7 @@ def weight_normed():
     )
 
 
-@census(kronecker=2, diagonal=2)
+@census(kronecker=2, gradient__kronecker=1, diagonal=1)
 def spectral_normed():
     x = points()
     return classifying(
@@ -670,7 +752,7 @@ def factorization_machine():
     return model, lambda: F.binary_cross_entropy_with_logits(model(users), y)
 
 
-@census(diagonal=2, kronecker=2)
+@census(gradient__kronecker=1, diagonal=1, kronecker=2)
 def radial_basis():
     x = points(64, 2)
 

@@ -89,8 +89,9 @@ class NaturalGradientOptimizer(Optimizer):
         weight_sharing: how tokens or pixels of an example count that share a weight. `"expand"`: as
             independent rows, right where each has a loss of its own. `"reduce"`: as one row, the
             mean input with the summed score, right where they are pooled before the loss. An
-            example is one place along the first axis of a map's input; multi-head attention has
-            the tokens there, whatever its `batch_first`, so leave it at `"expand"` for it.
+            example is one place along the first axis of a map's input, or of the batch of
+            `nn.MultiheadAttention`; where other layers have the tokens first, leave it at
+            `"expand"`.
         max_factor: a side of a matrix that is larger keeps the diagonal of its factor only.
         cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
             passes; every step starts from the last one's direction.

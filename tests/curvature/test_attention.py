@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ngplugin.curvature.block_choice import BlockRule
 from ngplugin.curvature.blocks import BlockDamping, KroneckerBlock
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.observe import Observer
@@ -64,10 +65,14 @@ def score_of_each_linear(loss, layer):
     return torch.autograd.grad(value, [edge for _, edge in observer.observation.maps])
 
 
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_blocks_are_those_of_the_projections_written_out(kind):
-    """Three linear layers and attention in plain calls have the same factors."""
-    layer = attention()
+def test_the_blocks_are_those_of_the_projections_written_out(kind, weight_sharing):
+    """Three linear layers and attention in plain calls have the same factors.
+
+    In plain calls the examples come first, inside of attention the tokens.
+    """
+    layer, rule = attention(), BlockRule("kronecker", weight_sharing)
     inputs = KINDS[kind]
     pieces = [nn.Parameter(w.detach().clone()) for w in layer.in_proj_weight.chunk(3)]
     offsets = [nn.Parameter(b.detach().clone()) for b in layer.in_proj_bias.chunk(3)]
@@ -80,8 +85,8 @@ def test_the_blocks_are_those_of_the_projections_written_out(kind):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return F.mse_loss(layer.out_proj(mixed), torch.zeros(2, 5, 4).double())
 
-    hidden, _ = observe([*layer.parameters()], objective(layer, inputs))
-    open_, _ = observe([*pieces, *offsets, *layer.out_proj.parameters()], plain)
+    hidden, _ = observe([*layer.parameters()], objective(layer, inputs), rule=rule)
+    open_, _ = observe([*pieces, *offsets, *layer.out_proj.parameters()], plain, rule=rule)
     block = hidden.block(layer.in_proj_weight)
     for i, w in enumerate(pieces):
         A, G = (open_.block(w).average(name)[0] for name in "AG")
@@ -96,6 +101,17 @@ def test_the_blocks_are_those_of_the_projections_written_out(kind):
         dense_average(hidden.block(layer.out_proj.weight)),
         dense_average(open_.block(layer.out_proj.weight)),
     )
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_tokens_without_a_batch_are_one_example(batch_first):
+    layer, x = double(nn.MultiheadAttention(4, 2, batch_first=batch_first)), X[0]
+    fisher, _ = observe(
+        [*layer.parameters()],
+        lambda: F.mse_loss(layer(query=x, key=x, value=x)[0], torch.zeros(5, 4).double()),
+        rule=BlockRule("kronecker", "reduce"),
+    )
+    assert all((block.average("rows") == 1).all() for block in fisher.blocks)
 
 
 def test_keys_and_values_of_other_widths_have_blocks_of_their_own():

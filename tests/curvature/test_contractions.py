@@ -91,7 +91,7 @@ def test_the_rows_of_a_contraction_give_autograd_s_gradient(name):
     score = randn(*y.shape, seed=9)
     exact, at_edge = torch.autograd.grad(y, (weight, edge), score)
     assert call.weight is weight
-    block = KroneckerBlock(weight, None, call.groups, call.inputs_first, call.dims)
+    block = KroneckerBlock(weight, None, call.groups, call.inputs_first, dims=call.dims)
     assert block.takes(call)
     a, g = call.input_rows(), call.score_rows(at_edge)
     assert a.dim() == g.dim() == 4
@@ -99,9 +99,9 @@ def test_the_rows_of_a_contraction_give_autograd_s_gradient(name):
     assert (call.groups, g.shape[-1], a.shape[-1]) == sizes
     matrices = torch.zeros(sizes).double()
     matrices[call.first : call.first + len(a)] = g.flatten(1, 2).mT @ a.flatten(1, 2)
-    (ours,) = block._as_parameters(matrices, [weight])
+    (ours,) = block._layout.parts(matrices, [weight])
     torch.testing.assert_close(ours, exact)
-    assert torch.equal(block._as_matrix([ours]), matrices)
+    assert torch.equal(block._layout.matrix([ours], matrices.dtype), matrices)
 
 
 ONE_ROW = [
@@ -137,11 +137,11 @@ def test_the_block_of_one_row_is_the_fisher_in_the_mean(name):
     for group in torch.arange(dense.shape[0]).split(dense.shape[0] // block.groups):
         matrix = torch.zeros(block.groups, len(group)).double()
         matrix[group[0] // len(group)] = 1
-        like = block._as_matrix([weight])
-        (mask,) = block._as_parameters(matrix.reshape(like.shape), [weight])
+        like = block._layout.matrix([weight], weight.dtype)
+        (mask,) = block._layout.parts(matrix.reshape(like.shape), [weight])
         inside += torch.outer(flat([mask]), flat([mask]))
     assert_mean_is(torch.stack(samples), dense * inside)
-    if not block._average_rows.value.all():
+    if not block.average("rows").all():
         return  # only some of the groups were used
     fisher.refresh(BlockDamping(0.1))
     v = randn(*shape, seed=3)
@@ -190,10 +190,10 @@ def test_a_bias_joins_where_it_is_added_once_to_each_row(name):
     exact = torch.autograd.grad(y, (weight, bias), score)
     a, g = call.input_rows().flatten(1, 2), call.score_rows(score).flatten(1, 2)
     block = fisher.block(weight)
-    matrices = torch.zeros_like(block._as_matrix([weight, bias]))
+    matrices = torch.zeros_like(block._layout.matrix([weight, bias], weight.dtype))
     one = torch.ones(*a.shape[:2], 1).double()
     matrices[call.first : call.first + len(a)] = g.mT @ torch.cat([a, one], 2)
-    torch.testing.assert_close(block._as_parameters(matrices, exact), [*exact])
+    torch.testing.assert_close(block._layout.parts(matrices, exact), [*exact])
 
 
 NO_MAPS = {
@@ -256,7 +256,7 @@ def test_a_saved_block_of_a_permuted_weight_is_loaded():
 def test_an_expert_that_no_row_went_to_keeps_its_average_of_inputs_and_loses_score():
     """F of it is less by the steps without it, which G says; A is a mean over rows."""
     weight, x = nn.Parameter(randn(2, 3, 4, seed=1)), randn(5, 4, seed=2)
-    block = KroneckerBlock(weight, None, 2, False, ((0,), (1,), (2,)))
+    block = KroneckerBlock(weight, None, 2, dims=((0,), (1,), (2,)))
     for experts in ((0, 1), (0,)):
         for e in experts:
             _, observation = observe(
@@ -265,6 +265,6 @@ def test_an_expert_that_no_row_went_to_keeps_its_average_of_inputs_and_loses_sco
             block.add_map_score(observation.maps[0][0], randn(5, 3, seed=3), 1.0)
         block.fold(1.0, 0.5)
     for e in range(2):
-        torch.testing.assert_close(block._average_A.value[e], x.T @ x / 5)
-    used, unused = (G.trace() for G in block._average_G.value)
+        torch.testing.assert_close(block.average("A")[e], x.T @ x / 5)
+    used, unused = (G.trace() for G in block.average("G"))
     torch.testing.assert_close(unused, used / 3)

@@ -308,6 +308,20 @@ def test_a_learnt_variance_is_an_output_of_the_model():
     assert fisher.block(log_sigma) is not None
 
 
+@pytest.mark.parametrize(
+    ("loss", "names"), [(lambda z: F.mse_loss(z, T), ["mse_loss"]), (pinball, [EMPIRICAL])]
+)
+def test_a_penalty_on_the_weights_of_layers_is_no_prediction(loss, names):
+    model = network()
+
+    def objective():
+        return loss(model(X)) + sum(p.square().sum() for p in model.parameters())
+
+    observation = scored(model, objective)
+    assert [each.call.name for each in observation.scored] == names
+    assert all(t.shape == (6, 3) for each in observation.scored for t in each.call.predictions)
+
+
 def test_two_objectives_of_a_step_are_both_seen_and_metrics_are_not():
     model = network()
     fisher = Fisher()

@@ -147,7 +147,7 @@ def test_a_complex_parameter_has_the_diagonal_of_its_real_and_imaginary_parts():
         fisher, _ = observe(
             [weight], lambda: 0.5 * F.mse_loss(predict(weight), target, reduction="sum"), seed=i
         )
-        samples.append(fisher.block(weight)._average.value.reshape(-1))
+        samples.append(fisher.block(weight).average("F").reshape(-1))
     assert fisher.block(weight).kind == "diagonal"
     assert_mean_is(torch.stack(samples), exact)
     before = weight.detach().clone()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 _COMPOSITES = {F.multi_head_attention_forward}
 
@@ -27,3 +28,13 @@ def opened(function: Callable[..., Any]) -> Callable[..., Any] | None:
     )
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
+
+
+def examples(*args: Any, **kwargs: Any) -> int:
+    """How many examples a composite is given; each of its maps has rows `[..., example]`.
+
+    Attention has tokens first, `[token, example, feature]`, and flattens them so; its module moves
+    them there whatever its `batch_first`.
+    """
+    query: Tensor = args[0] if args else kwargs["query"]
+    return query.shape[1] if query.dim() == 3 else 1

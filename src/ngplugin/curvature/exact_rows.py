@@ -13,7 +13,7 @@ from ngplugin.curvature.blocks import Block, ExactBlock
 from ngplugin.curvature.blocks.block import finite
 from ngplugin.curvature.jacobian import CoupledExamples, Jacobian, Layout
 from ngplugin.curvature.likelihoods import ScoredCall
-from ngplugin.curvature.likelihoods.loss_call import FisherRoot
+from ngplugin.curvature.likelihoods.loss_call import FisherRoot, RootedCall
 
 _CHECKED_STEPS = 3  # whose rows are held against autograd
 _MOST_BYTES = 2**30  # of rows and matrices
@@ -96,11 +96,14 @@ class ExactRows:
         columns = [p for p in columns if p.requires_grad]
         if self.block is None and not self._pending:
             self._parameters = columns
-        obstacle = self._obstacle(loss, weights, columns)
+        parts = loss.parts(weights)
+        obstacle = None if parts else f"{loss.name} is one of parameters alone"
+        for part, w in parts:
+            obstacle = obstacle or self._obstacle(part, w, columns)
         if obstacle is not None:
             self.refuse(obstacle)
 
-    def _obstacle(self, loss: ScoredCall, weights: Tensor, columns: Sequence[Tensor]) -> str | None:
+    def _obstacle(self, loss: RootedCall, weights: Tensor, columns: Sequence[Tensor]) -> str | None:
         """Collect, or say why that cannot be done."""
         if not columns:
             return "no parameters"

@@ -33,7 +33,7 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from ngplugin.curvature.composites import opened
+from ngplugin.curvature.composites import examples, opened
 from ngplugin.curvature.likelihoods import FisherKind as FisherKind
 from ngplugin.curvature.likelihoods import (
     OutputCurvature,
@@ -50,6 +50,7 @@ from ngplugin.curvature.tail import Tail
 from ngplugin.curvature.tape import Mark, Tape
 from ngplugin.curvature.taps import (
     LAYERS,
+    MapCall,
     read_map_call,
     read_norm_call,
 )
@@ -85,6 +86,7 @@ class Observer(TorchFunctionMode):
         self._kind = kind
         self._generator = generator
         self._paused = False
+        self._examples: int | None = None  # inside a composite, where rows have them last
         self._in_log_prob = False
         self._differentiating = False  # inside a torch.autograd.grad of the user's
         self._record = record
@@ -131,7 +133,7 @@ class Observer(TorchFunctionMode):
             return func(*args, **kwargs)
         body = opened(func) if self._backward is not None else None
         if body is not None:  # its parts are recorded, and not the whole
-            with _Again(self):
+            with _Again(self, examples(*args, **kwargs)):
                 return body(*args, **kwargs)
         looked_for = torch.is_grad_enabled() and not self._in_log_prob and self._kind != "ggn"
         loss = read_loss_call(func, args, kwargs) if looked_for else None
@@ -148,6 +150,8 @@ class Observer(TorchFunctionMode):
             if call is None:
                 self._note_other_use(args, kwargs, result)
             elif call.weight.requires_grad and not call.weight.is_complex():
+                if self._examples is not None and isinstance(call, MapCall):
+                    call = call.with_examples_last(self._examples)
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append((call, get_gradient_edge(result)))
             norm = read_norm_call(func, args, kwargs)
@@ -297,13 +301,16 @@ def _is_scalar(result: Any) -> bool:
 class _Again(AbstractContextManager[None]):
     """Puts a mode that is handling a call back on, for the calls inside it."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: Observer, examples: int) -> None:
         self._observer = observer
+        self._examples = examples
 
     def __enter__(self) -> None:
+        self._observer._examples = self._examples
         TorchFunctionMode.__enter__(self._observer)
 
     def __exit__(self, *exc: Any) -> None:
+        self._observer._examples = None
         TorchFunctionMode.__exit__(self._observer, *exc)
 
 

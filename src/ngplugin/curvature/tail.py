@@ -21,7 +21,8 @@ class Tail:
         tape: of the forward pass, not yet released.
         value: one tensor on it.
         deep: stop at layers with matrices only; where other parameters enter, they count
-            themselves as outputs of the model.
+            themselves as outputs of the model. Those that layers have too are none: a penalty on
+            weights says nothing of a prediction.
 
     Attributes:
         outputs: of the last layers, with their graph.
@@ -65,7 +66,8 @@ class Tail:
                 needed.update(tape.alias[s] for s in slots_in((call.args, call.kwargs)))
                 for t in tensors_in([call.args, call.kwargs]):
                     unknown = t.grad_fn is not None and not tape.origin_known(t)
-                    if unknown or (deep and id(t) in tape.parameters):
+                    bare = id(t) in tape.parameters and id(t) not in tape.in_layers
+                    if unknown or (deep and bare):
                         outputs[id(t)] = t
                 continue
             needed.difference_update(tape.alias[s] for s in met)

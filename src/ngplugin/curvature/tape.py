@@ -67,7 +67,8 @@ class Tape:
         self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
-        self._alone: set[Slot] = set()  # what was computed from parameters only
+        self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
+        self.in_layers: set[int] = set()  # ids of the parameters that enter layers
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
@@ -108,7 +109,10 @@ class Tape:
             made = zip(outputs, tensors_in(result), strict=True)
             self.made.update((slot, t) for slot, t in made if slot is not None)
         if entry == "alone":
-            self._alone.update(slot for slot in outputs if slot is not None)
+            origins = self._parameters_in(inputs)
+            self._alone.update((slot, origins) for slot in outputs if slot is not None)
+        elif entry == "layer":
+            self.in_layers |= self._parameters_in(inputs)
         written = slots_in(outputs or recorded_args[:1])
         if torch.is_grad_enabled():
             self._ungraphed.difference_update(written)
@@ -162,13 +166,19 @@ class Tape:
             return "none"  # a penalty is added to a loss
         return "layer" if any(t.dim() > 1 for t in weights) else "beside"
 
+    def _parameters_in(self, inputs: Sequence[Tensor]) -> frozenset[int]:
+        """The ids of those among the inputs, or that these were computed from alone."""
+        direct = frozenset(id(t) for t in inputs if id(t) in self.parameters)
+        slots = [self._slots[t] for t in inputs if t in self._slots]
+        return direct.union(*(self._alone.get(slot, ()) for slot in slots))
+
     def score(self, value: Tensor) -> None:
         """Note that a value is that of a loss which is accounted for."""
         if value in self._slots:
             slot = self._slots[value]
             last = max(i for i, call in enumerate(self.calls) if slot in call.touched)
             self.scored[last] = value.detach().clone()
-            self._alone.discard(slot)
+            self._alone.pop(slot, None)
 
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""

@@ -38,7 +38,8 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
 
     *Expand* is exact for a deep linear network each of whose rows has a loss of its own, *reduce*
     for one whose rows are summed or averaged before the loss (Eschenhagen et al. 2023,
-    arXiv:2311.00636, §3.2, §3.3). An example is one place along the first axis of a map's input.
+    arXiv:2311.00636, §3.2, §3.3). An example is one place along the first axis of a map's input,
+    in multi-head attention along the second.
 
     Args:
         weight: the parameter.
@@ -155,10 +156,6 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
             "G": added["G"] / total_weight,
             "rows": rows,
         }
-
-    def refresh(self, damping: BlockDamping) -> bool:
-        """Invert the damped average, if any score has come this way yet."""
-        return bool((self.average("rows") == 0).all()) or super().refresh(damping)
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """A group that no known map has used yet is scaled as the others are on average."""

@@ -53,6 +53,10 @@ class KroneckerProductBlock(AveragedBlock):
         A, G = self._averaged_factors()
         return mean_eigenvalue(A) * mean_eigenvalue(G)  # [group, 1, 1]
 
+    def refresh(self, damping: BlockDamping) -> bool:
+        """Invert the damped averages, if any score has come this way yet."""
+        return not self.average("G").any() or super().refresh(damping)
+
     def _invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
         """Damp each factor and invert it."""
         A, G = self._averaged_factors()

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -92,6 +93,10 @@ class ScoredCall(ABC):
     def detached(self) -> ScoredCall:
         """The same without any graph."""
 
+    def parts(self, weights: Tensor) -> Sequence[tuple[RootedCall, Tensor]]:
+        """The call by independent terms, with their weights: itself, where it is made of such."""
+        return [(self, weights)]
+
     def outputs(self) -> int | None:
         """How many columns the root of a term's H has, None where no root is known."""
         return None
@@ -99,6 +104,19 @@ class ScoredCall(ABC):
     def fisher_root(self, weights: Tensor) -> FisherRoot | None:
         """√w H^½ of every term, None where no root of H is known."""
         return None
+
+
+class RootedCall(Protocol):
+    """Independent terms of a prediction with a square root of their Fisher information."""
+
+    name: str
+    predictions: tuple[Tensor, ...]
+
+    def outputs(self) -> int | None:
+        """How many columns the root of a term's H has, None where no root is known."""
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """√w H^½ of every term, None where no root of H is known."""
 
 
 @dataclass(frozen=True)

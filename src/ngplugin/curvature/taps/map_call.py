@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -39,6 +39,18 @@ class MapCall:
     bias_joins: bool = True
     first: int = 0
     dims: Dimensions | None = None
+
+    def with_examples_last(self, count: int) -> MapCall:
+        """The same call where it is not the first axis of rows that are examples, but the last."""
+
+        def sorted_rows(t: Tensor) -> Tensor:
+            return t.reshape(len(t), -1, count, t.shape[-1]).transpose(1, 2)
+
+        return replace(
+            self,
+            input_rows=lambda: sorted_rows(self.input_rows()),
+            score_rows=lambda score: sorted_rows(self.score_rows(score)),
+        )
 
     def weight_gradient(self, score: Tensor) -> Tensor:
         """What the rows say d(score)/d(weight) is, the gradient at the output being given."""
