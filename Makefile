@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Named after what was installed: other requirements, another name, another installation.
-INSTALLED := $(VENV)/installed-$(shell cat requirements.txt pyproject.toml | cksum | cut -d ' ' -f 1)
+INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.txt pyproject.toml | cksum | cut -d ' ' -f 1)
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
@@ -29,6 +29,7 @@ $(INSTALLED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is Python %d.%d, but 3.10 or newer is needed; try: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV) || (echo "No virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 1)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-alone.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	rm -f $(VENV)/installed-*
 	touch $@

@@ -264,3 +264,31 @@ def test_the_poisson_equation_is_solved_in_a_few_steps():
     with torch.no_grad():
         error = (net(grid)[:, 0] - solution(grid)).norm() / solution(grid).norm()
     assert error < 1e-3
+
+
+def test_a_loss_by_hand_has_the_rows_of_its_twin():
+    def residuals(net, x):
+        x = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        return slope.sum(1) - x.detach()[:, 0], net(2 * x.detach()[:7]).squeeze(1)
+
+    def by_hand(inside, edge):
+        return inside.square().mean() + 3 * edge.square().sum()
+
+    def known(inside, edge):
+        zero = torch.zeros
+        return F.mse_loss(inside, zero(40)) + 3 * F.mse_loss(edge, zero(7), reduction="sum")
+
+    ends = []
+    for loss in (by_hand, known):
+        net = double(nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)))
+        optimizer = NaturalGradientOptimizer(net.parameters(), structure="exact")
+        with optimizer.observe():
+            value = loss(*residuals(net, randn(40, 3)))
+        value.backward()
+        optimizer.step()
+        assert kinds(optimizer) == {"exact"}
+        (block,) = optimizer._engine.fisher.blocks
+        ends.append(block)
+    ours, theirs = (torch.cat(block._rows) for block in ends)
+    torch.testing.assert_close(ours.mT @ ours, theirs.mT @ theirs)
