@@ -87,7 +87,6 @@ class Tape:
         self._alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
         self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
-        self._in_layers: set[int] = set()  # ids of the parameters that enter layers
         self._made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self._scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
@@ -128,8 +127,6 @@ class Tape:
         if entry == "alone":
             origins = self._parameters_in(inputs)
             self._alone.update((slot, origins) for slot in outputs if slot is not None)
-        elif entry == "layer":
-            self._in_layers |= self._parameters_in(inputs)
         if not outputs and name != "__setitem__":
             return result  # a shape, a number: nothing to replay
         consumed = any(
@@ -266,6 +263,7 @@ class Tape:
                 on weights says nothing of a prediction.
         """
         stops = {"layer"} if deep else {"layer", "beside"}
+        bare = self._parameters.keys() - self._in_layers(value) if deep else set()
         written = {
             self._alias[s] for call in self._calls if call.entry in stops for s in call.touched
         }
@@ -291,13 +289,22 @@ class Tape:
                 needed.update(self._alias[s] for s in slots_in((call.args, call.kwargs)))
                 for t in (*tensors_in(call.args), *tensors_in(call.kwargs)):
                     unknown = t.grad_fn is not None and not self._origin_known(t)
-                    bare = id(t) in self._parameters and id(t) not in self._in_layers
-                    if unknown or (deep and bare):
+                    if unknown or id(t) in bare:
                         outputs[id(t)] = t
                 continue
             needed.difference_update(self._alias[s] for s in met)
         mark = Mark(value.position, tuple(k if type(k) is Slot else outputs[k] for k in outputs))
         return Tail(tuple(outputs.values()), mark, value, between[::-1], fixed)
+
+    def _in_layers(self, value: Mark) -> set[int]:
+        """The ids of the parameters that enter the layers which a marked value depends on."""
+        found: set[int] = set()
+        for _, call in self._needed_calls([value]):
+            if call.entry == "layer":
+                inputs = call.args, call.kwargs
+                found.update(id(t) for t in tensors_in(inputs) if id(t) in self._parameters)
+                found.update(*(self._alone.get(slot, ()) for slot in slots_in(inputs)))
+        return found
 
     def value(self, tail: Tail, outputs: Sequence[Tensor]) -> Tensor:
         """The tail's value as a function of the outputs of the last layers."""
