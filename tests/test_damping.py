@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ngplugin import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping, OptionError
+from ngplugin import (
+    ConstantDamping,
+    CosineDamping,
+    ExponentialDamping,
+    LevenbergMarquardt,
+    LinearDamping,
+    OptionError,
+)
 from ngplugin.damping import as_schedule, damping_at
 
 PATHS = [LinearDamping, ExponentialDamping, CosineDamping]
@@ -77,3 +84,36 @@ def test_an_exponential_path_to_zero_is_refused_naming_the_way_out():
 def test_a_schedule_s_bad_value_names_its_step():
     with pytest.raises(OptionError, match="at step 7"):
         damping_at(lambda step: -1.0, 7)
+
+
+def test_levenberg_marquardt_follows_the_reduction_ratio():
+    damping = LevenbergMarquardt(start=1.0, least=0.2, most=30.0)
+    for ratio, expected in [
+        (0.9, 0.5),
+        (0.4, 0.5),
+        (0.1, 1.0),
+        (-1.0, 2.0),  # faster and faster while it fails
+        (-1.0, 8.0),
+        (0.3, 8.0),
+        (0.0, 16.0),  # and from two again after a success
+        (-1.0, 30.0),
+        (0.6, 15.0),
+    ]:
+        damping.see(ratio)
+        assert damping(0) == expected
+    again = LevenbergMarquardt()
+    again.load_state_dict(damping.state_dict())
+    assert again.state_dict() == damping.state_dict()
+    for _ in range(9):
+        damping.see(1.0)
+    assert damping(7) == 0.2
+
+
+@pytest.mark.parametrize("values", [{"start": 0.0}, {"least": 1.0}, {"most": 1e-9}])
+def test_levenberg_marquardt_refuses_bounds_that_exclude_its_start(values):
+    with pytest.raises(OptionError, match="0 < least <= start <= most"):
+        LevenbergMarquardt(**values)
+
+
+def test_automatic_damping_is_a_tenth_for_blocks_that_approximate():
+    assert as_schedule("auto")(5) == 0.1

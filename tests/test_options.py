@@ -27,13 +27,14 @@ BAD = {
     "statistics_every": [0, 2.5, True],
     "refresh_every": [0, 2.5, True],
     "spectrum_every": [0, 2.5, True],
+    "cg_iterations": [0, 2.5, True],
     "burn_in": [-1, 0.5, True],
     "seed": [-1, 0.5, True],
 }
 ALLOWED = {
     "damping_mode": ["relative", "absolute"],
     "fisher": ["sampled", "propagated", "exact", "empirical", "ggn"],
-    "structure": ["auto", "kronecker", "eigen", "diagonal", "identity"],
+    "structure": ["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"],
     "weight_sharing": ["expand", "reduce"],
 }
 

@@ -291,7 +291,7 @@ def test_a_rejected_step_is_learnt_from_so_that_a_later_one_is_taken(monkeypatch
     model = torch.nn.Linear(4, 3).double()
     x, y = torch.randn(16, 4).double(), torch.arange(16) % 3
     optimizer = NaturalGradientOptimizer(model.parameters())
-    measure = type(optimizer._engine._measurement).measure
+    measure = type(optimizer._engine._length._measurement).measure
 
     def steep(self, observations):
         kl, reduction = measure(self, observations)
@@ -299,7 +299,7 @@ def test_a_rejected_step_is_learnt_from_so_that_a_later_one_is_taken(monkeypatch
             return 0.0, reduction
         return 3 * abs(kl) ** 0.1, reduction  # at once large, and hardly smaller for a shorter step
 
-    monkeypatch.setattr(type(optimizer._engine._measurement), "measure", steep)
+    monkeypatch.setattr(type(optimizer._engine._length._measurement), "measure", steep)
     rejected = []
     for _ in range(12):
         with optimizer.observe():

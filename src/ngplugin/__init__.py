@@ -3,7 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ngplugin.damping import ConstantDamping, CosineDamping, ExponentialDamping, LinearDamping
+from ngplugin.damping import (
+    ConstantDamping,
+    CosineDamping,
+    ExponentialDamping,
+    LevenbergMarquardt,
+    LinearDamping,
+)
 from ngplugin.declaration import declare
 from ngplugin.errors import (
     LikelihoodError,
@@ -23,6 +29,7 @@ __all__ = [
     "CosineDamping",
     "Coverage",
     "ExponentialDamping",
+    "LevenbergMarquardt",
     "LikelihoodError",
     "LinearDamping",
     "NaturalGradient",

@@ -3,72 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import copy
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks import BlockDamping
+from ngplugin.curvature.blocks import BlockDamping, ExactBlock
+from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.observe import Observer
-from ngplugin.damping import as_schedule, damping_at
-from ngplugin.errors import StepOrderError
-from ngplugin.kl_measurement import KlMeasurement
+from ngplugin.damping import LevenbergMarquardt, as_schedule, damping_at
+from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
+from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver
 from ngplugin.step_group import StepGroup, make_dense
+from ngplugin.step_length import Applied, Model, Move, StepLength, model_of
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 
 _FIRST_STEPS = 10  # whose statistics are all taken and whose KL is all measured
-_MOST_SHRINKS = 4
-
-
-@dataclass(frozen=True)
-class _Move:
-    """One parameter's part of a step: θ ← θ - s · lr · direction."""
-
-    parameter: Tensor
-    gradient: Tensor
-    natural_gradient: Tensor
-    curved: Tensor | None  # F/Σw times the natural gradient, where that came with it
-    direction: Tensor  # the natural gradient, and the weight decay's part
-    lr: float
-    decay: float
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A full step's quadratic model and the vectors' sizes, on the host."""
-
-    q: float = 0.0  # ½ΔᵀFΔ, nats per term
-    slope: float = 0.0  # -gᵀΔ, in units of the objective
-    gg: float = 0.0  # inner products of the gradient g and the natural gradient d
-    dd: float = 0.0
-    gd: float = 0.0
-
-    def finite(self) -> bool:
-        return all(map(math.isfinite, (self.q, self.slope, self.gg, self.dd, self.gd)))
-
-
-@dataclass(frozen=True)
-class _Applied:
-    """What became of a proposed step: s, and what was measured of it."""
-
-    scale: float
-    kl: float | None = None
-    reduction: float | None = None  # of the scored losses, in units of the objective
-    shrinks: int = 0
-    rejected: bool = False
+_MOST_TRIALS = 8  # of one step, with more and more damping
 
 
 class NaturalGradientStep:
@@ -86,15 +49,22 @@ class NaturalGradientStep:
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.fisher = Fisher(options.block_rule())
+        exact = None
+        if options.structure in ("auto", "exact"):
+            exact = ExactRows(forced=options.structure == "exact")
+        self.fisher = Fisher(options.block_rule(), exact)
         self.steps = 0
         self.report: StepReport | None = None
         self.losses: list[str] = []
-        self._damping = as_schedule(options.damping)
+        self._solver: Solver = BlockSolver()
+        if options.structure == "matrix-free":
+            self._solver = MatrixFreeSolver(options.cg_iterations)
+        self._damping = as_schedule(copy.deepcopy(options.damping))
+        self._exact_damping = LevenbergMarquardt() if options.damping == "auto" else self._damping
         self._bound: StepBound = NoTrustRegion()
         if options.kl_radius is not None:
             self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
-        self._measurement = KlMeasurement()
+        self._length = StepLength(self._bound)
         self._check = ObjectiveCheck()
         self._momentum = GradientMomentum(options.nesterov)
         self._generator: torch.Generator | None = None
@@ -111,7 +81,9 @@ class NaturalGradientStep:
         """A context for a forward pass; does nothing where nothing is needed from it."""
         options = self.options
         needless = options.structure == "identity" and options.kl_radius is None
-        statistics, measure = self._statistics_due(), self._bound.measurement_due(self.steps)
+        statistics = self._statistics_due()
+        measure = self._solver.needs_tape or self._bound.measurement_due(self.steps)
+        measure = measure or self._steers_damping() is not None
         if self._observer or needless or not (statistics or measure):
             return contextlib.nullcontext()
         return self._watch(parameters, statistics, measure)
@@ -146,7 +118,22 @@ class NaturalGradientStep:
 
     def _statistics_due(self) -> bool:
         first = max(_FIRST_STEPS, self.options.burn_in)
-        return self.steps < first or self.steps % self.options.statistics_every == 0
+        usual = self.steps < first or self.steps % self.options.statistics_every == 0
+        return usual or self._exact_block() is not None
+
+    def _exact_block(self) -> ExactBlock | None:
+        return None if self.fisher.exact is None else self.fisher.exact.block
+
+    def _steering(self) -> LevenbergMarquardt | None:
+        """The damping that learns from reduction ratios, if any does."""
+        both = (self._exact_damping, self._damping)
+        return next((d for d in both if isinstance(d, LevenbergMarquardt)), None)
+
+    def _steers_damping(self) -> LevenbergMarquardt | None:
+        """What wants the reduction ratio of this step."""
+        steering, chosen = self._steering(), self.fisher.exact
+        exact = chosen is not None and chosen.refused is None
+        return steering if exact or steering is self._damping else None
 
     def _random(self, device: torch.device) -> torch.Generator:
         if self._generator is None:
@@ -176,24 +163,20 @@ class NaturalGradientStep:
         make_dense(groups)
         with watching:
             damping = damping_at(self._damping, self.steps)
-            dropped, failed = self._update_curvature(groups, observations, damping)
+            rule = BlockDamping(damping, self.options.damping_mode, self.options.sampling_damping)
+            dropped, failed = self._update_curvature(groups, observations, rule)
             schedule = max((group.schedule for group in groups), default=1.0)
             finite = _gradients_are_finite(groups)
-            moves = self._propose(groups) if finite else []
-            model, applied = _Model(), _Applied(0.0)
-            if moves and self.steps >= self.options.burn_in:
-                model = self._model(moves)
+            model, applied = Model(), Applied(0.0)
+            if finite:
+                model, applied = self._move(groups, schedule, observations, rule)
                 finite = model.finite()
-                if finite:
-                    applied = self._apply_bounded(moves, model.q, schedule, observations)
-                else:
-                    model = _Model()
+                model = model if finite else Model()
         for observation in observations:
             observation.release()
         now = time.perf_counter()
         seconds = max(now - self._last_time, 1e-9)
         spent = now - started + sum(observation.seconds for observation in observations)
-        expected = applied.scale * model.slope - applied.scale**2 * model.q * self._weight.nats
         norms = math.sqrt(model.gg * model.dd)
         condition = self._condition
         self.report = StepReport(
@@ -202,12 +185,10 @@ class NaturalGradientStep:
             kl_predicted=applied.scale**2 * model.q,
             kl_radius=self._bound.radius(schedule),
             step_scale=applied.scale,
-            damping=damping,
+            damping=damping if self._exact_block() is None else self._exact_value(),
             condition_number=None if condition is None else condition.damped,
             condition_number_undamped=None if condition is None else condition.undamped,
-            reduction_ratio=(
-                None if applied.reduction is None or expected <= 0 else applied.reduction / expected
-            ),
+            reduction_ratio=applied.ratio(model),
             grad_norm=math.sqrt(model.gg),
             natural_grad_norm=math.sqrt(model.dd),
             cosine=model.gd / norms if norms > 0 else 0.0,
@@ -224,7 +205,7 @@ class NaturalGradientStep:
         self._check.see(self.report.reduction_ratio)
 
     def _update_curvature(
-        self, groups: Sequence[StepGroup], observations: Sequence[Observation], damping: float
+        self, groups: Sequence[StepGroup], observations: Sequence[Observation], rule: BlockDamping
     ) -> tuple[int, int]:
         """Fold what was observed into F and invert what is due; returns (dropped, failed)."""
         options = self.options
@@ -243,15 +224,27 @@ class NaturalGradientStep:
                 if not dropped:
                     self._fold_empirical(groups, weight)
         self.fisher.discard()
+        chosen = self.fisher.exact
+        if options.structure == "exact" and chosen is not None and chosen.no_room:
+            raise OptionError(
+                f"structure='exact': {chosen.refused}. Give it a smaller model or batch, or use "
+                "structure='auto', which keeps F in blocks where it is too large."
+            )
         if not any(block.ready for block in self.fisher.blocks):
             raise StepOrderError(why_no_fisher(observations))
         due = refresh_due(self.steps, options.refresh_every)
-        rule = BlockDamping(damping, options.damping_mode, options.sampling_damping)
         failed = self.fisher.refresh(rule, only_new=not due)
+        failed += self.fisher.refresh_every_step(self._exact_rule())
         last = self._condition_step
         if due and (last < 0 or self.steps - last >= options.spectrum_every):
             self._condition, self._condition_step = self.fisher.condition(), self.steps
         return dropped, failed
+
+    def _exact_value(self) -> float:
+        return damping_at(self._exact_damping, self.steps)
+
+    def _exact_rule(self) -> BlockDamping:
+        return BlockDamping(self._exact_value(), self.options.damping_mode)
 
     def _fold_empirical(self, groups: Sequence[StepGroup], weight: ObjectiveWeight) -> None:
         """Give parameters that only an unrecognised loss trains the empirical Fisher.
@@ -262,17 +255,57 @@ class NaturalGradientStep:
         parameters = [p for group in groups for p in group.parameters if p.grad is not None]
         self.fisher.fold_empirical(parameters, weight.squares, self.options.decay)
 
-    def _propose(self, groups: Sequence[StepGroup]) -> list[_Move]:
+    def _move(
+        self,
+        groups: Sequence[StepGroup],
+        schedule: float,
+        observations: Sequence[Observation],
+        rule: BlockDamping,
+    ) -> tuple[Model, Applied]:
+        """Propose a step and take it; with an exact block until one succeeds."""
+        averaged = self._averaged(groups)
+        steering = self._steers_damping()
+        taped = self._length.measurable(observations, self._weight.nats)
+        metric = self._solver.metric(self.fisher, taped, self._weight.total, rule)
+        for _ in range(_MOST_TRIALS):
+            moves = self._propose(groups, averaged, metric)
+            model = model_of(moves, metric, self._weight) if moves else Model()
+            if not (moves and self.steps >= self.options.burn_in and model.finite()):
+                return model, Applied(0.0)
+            if self._exact_block() is None or steering is None or not taped:
+                applied = self._length.shrunk(moves, model, self.steps, schedule, taped)
+            else:
+                applied = self._length.tried(moves, model, schedule, taped)
+            ratio = applied.ratio(model)
+            if steering is not None and (ratio is not None or applied.rejected):
+                steering.see(-1.0 if ratio is None else ratio)
+            if not applied.rejected or steering is None or self._exact_block() is None:
+                break
+            self.fisher.refresh_every_step(self._exact_rule())
+        return model, applied
+
+    def _averaged(self, groups: Sequence[StepGroup]) -> dict[int, Tensor]:
+        """What to precondition, by the id of each parameter."""
+        block = self._exact_block()
+        averaged = {}
+        for group in groups:
+            for p in group.parameters:
+                if p.grad is None:
+                    continue
+                if block is not None and any(p is q for q in block.parameters):
+                    averaged[id(p)] = p.grad  # the batch's own, as the rows are
+                else:
+                    momentum = group.momentum if self._solver.averages else 0.0
+                    averaged[id(p)] = self._momentum.update(p, momentum)
+        return averaged
+
+    def _propose(
+        self, groups: Sequence[StepGroup], averaged: dict[int, Tensor], metric: Metric
+    ) -> list[Move]:
         """The step before its length is decided; empty if there is no gradient."""
-        averaged = {
-            id(p): self._momentum.update(p, group.momentum)
-            for group in groups
-            for p in group.parameters
-            if p.grad is not None
-        }
         natural, curved = averaged, dict[int, Tensor]()
         if self.options.structure != "identity":
-            natural, curved = self.fisher.precondition(averaged)
+            natural, curved = metric.precondition(averaged)
             for vector in (*natural.values(), *curved.values()):
                 # F is kept per Σw, the gradient is that of the whole objective.
                 vector.div_(self._weight.total)
@@ -282,67 +315,8 @@ class NaturalGradientStep:
                 if id(p) in natural and p.grad is not None and group.lr > 0:
                     d = natural[id(p)]
                     u = d.add(p, alpha=group.decay / group.lr) if group.decay else d
-                    moves.append(_Move(p, p.grad, d, curved.get(id(p)), u, group.lr, group.decay))
+                    moves.append(Move(p, p.grad, d, curved.get(id(p)), u, group.lr, group.decay))
         return moves
-
-    def _model(self, moves: Sequence[_Move]) -> _Model:
-        """The quadratic model of the step Δ = -lr · direction at full length."""
-        numbers = torch.stack(
-            [
-                # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
-                0.5 * self._curvature(moves) * (self._weight.total / self._weight.nats),
-                _sum(m.lr * _dot(m.gradient, m.direction) for m in moves),
-                _sum(_dot(m.gradient, m.gradient) for m in moves),
-                _sum(_dot(m.natural_gradient, m.natural_gradient) for m in moves),
-                _sum(_dot(m.gradient, m.natural_gradient) for m in moves),
-            ]
-        )
-        return _Model(*numbers.tolist())  # the one transfer to the host
-
-    def _curvature(self, moves: Sequence[_Move]) -> Tensor:
-        """ΔᵀFΔ/Σw of the step at full length, a scalar."""
-        delta = {id(m.parameter): m.direction * m.lr for m in moves}
-        if any(m.curved is None for m in moves) or len({m.lr for m in moves}) > 1:
-            product = self.fisher.product(delta)
-        else:  # then F d is at hand, and F Δ differs from it by what decays
-            product = {id(m.parameter): m.curved * m.lr for m in moves if m.curved is not None}
-            if any(m.decay for m in moves):  # all of them: a weight's decay curves its bias too
-                decayed = {id(m.parameter): m.parameter * m.decay for m in moves}
-                for key, part in self.fisher.product(decayed).items():
-                    product[key] = product[key] + part
-        zero = torch.zeros((), device=moves[0].direction.device)
-        return _sum([zero, *(_dot(delta[key], part) for key, part in product.items())])
-
-    def _apply_bounded(
-        self,
-        moves: Sequence[_Move],
-        q: float,
-        schedule: float,
-        observations: Sequence[Observation],
-    ) -> _Applied:
-        """Move the parameters, as far as the bound allows."""
-        scale, nats = self._bound.scale(q, schedule), self._weight.nats
-        taped = [o for o in observations if o.recorded and o.scored]
-        negligible = 1e-3 * self._bound.radius(1.0) * nats
-        if not (taped and self._measurement.possible(taped, negligible)):
-            _move(moves, scale)
-            return _Applied(scale)
-        before = [m.parameter.clone() for m in moves]
-        for shrinks in range(_MOST_SHRINKS + 1):
-            _move(moves, scale)
-            divergence, reduction = self._measurement.measure(taped)
-            kl = divergence / nats
-            factor = self._bound.shrink(kl, schedule)
-            if factor is None:
-                self._bound.calibrate(self.steps, scale**2 * q, kl)
-                return _Applied(scale, kl, reduction, shrinks)
-            for m, old in zip(moves, before, strict=True):
-                m.parameter.copy_(old)
-            # Far out the KL saturates, and says too little of how much too long the step is.
-            tried, scale = scale, scale * factor * 0.5**shrinks
-        # Learnt from all the same, else the next step would be the same and fail again.
-        self._bound.calibrate(self.steps, tried**2 * q, kl)
-        return _Applied(0.0, shrinks=_MOST_SHRINKS, rejected=True)
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -356,6 +330,9 @@ class NaturalGradientStep:
             "momentum": self._momentum.state_dict(parameters),
             "fisher": self.fisher.state_dict(),
             "bound": self._bound.state_dict(),
+            "solver": self._solver.state_dict(parameters),
+            "exact": None if self.fisher.exact is None else self.fisher.exact.state_dict(),
+            "damping": (steering := self._steering()) and steering.state_dict(),
             "generator": None if self._generator is None else self._generator.get_state(),
             "weight": (weight.total, weight.nats, weight.squares, weight.nll),
             "condition": condition and (condition.undamped, condition.damped),
@@ -371,6 +348,12 @@ class NaturalGradientStep:
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(state["fisher"])
         self._bound.load_state_dict(state["bound"])
+        self._solver.load_state_dict(state["solver"], parameters)
+        if self.fisher.exact is not None and state.get("exact") is not None:
+            self.fisher.exact.load_state_dict(state["exact"], self.fisher.blocks)
+        steering = self._steering()
+        if steering is not None and state.get("damping") is not None:
+            steering.load_state_dict(state["damping"])
         if state["generator"] is not None:
             self._random(parameters[0].device).set_state(state["generator"].cpu())
         self._weight = ObjectiveWeight(*state["weight"])
@@ -383,19 +366,3 @@ def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:
     gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
     largest = [g.abs().max() for g in gradients if g.numel()]
     return not largest or math.isfinite(float(torch.stack(largest).max()))
-
-
-def _move(moves: Sequence[_Move], scale: float) -> None:
-    for m in moves:
-        m.parameter.add_(m.direction, alpha=-m.lr * scale)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    a, b = a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)
-    return torch.vdot(a, b).real if dtype.is_complex else torch.dot(a, b)
-
-
-def _sum(parts: Iterable[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, parts)

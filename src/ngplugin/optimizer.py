@@ -60,7 +60,9 @@ class NaturalGradientOptimizer(Optimizer):
             nearer to the data than half a nat, the bound falls with it; see `TrustRegion`.
         measure_every: the most steps between measurements of the KL, each one more forward pass;
             fewer where the prediction is off, and those of the first ten steps are all measured.
-        damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`.
+        damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`. `"auto"`: 0.1, and
+            for exact blocks, whose smallest eigenvalues are worth having, `LevenbergMarquardt`,
+            which asks for the reduction ratio of every step and takes back those that fail.
         damping_mode: `"relative"`: λ in units of each factor's mean eigenvalue. `"absolute"`: in
             units of F's eigenvalues, nats per term.
         sampling_damping: γ, with relative damping: a factor of size d that rests on n rows gets
@@ -73,11 +75,17 @@ class NaturalGradientOptimizer(Optimizer):
             gives another matrix than the Fisher. `"ggn"`: from the loss's own Hessian at the
             outputs of the last layers, as for every loss that is not recognised.
         draws: scores for each loss and observed step; an exact Fisher has as many as it needs.
-        structure: what is kept of F. `"kronecker"`: two factors for each linear map and each other
-            matrix, unit-wise blocks for normalizations, else diagonals. `"eigen"`: for linear maps
-            the second moments along the factors' eigenvectors too (EKFAC). `"diagonal"`: diagonal
-            everywhere. `"identity"`: d = m, gradient descent with momentum, whose steps `kl_radius`
-            bounds like any others. `"auto"`: at present `"kronecker"`.
+        structure: what is kept of F. `"auto"`: exact for a small model with large batches (see
+            `ExactRows`), else Kronecker. `"exact"`: one block of all parameters, from per-example
+            Jacobians, whatever it costs, up to 1 GiB. `"kronecker"`: two factors for each linear
+            map and each other matrix, unit-wise blocks for normalizations, else diagonals.
+            `"eigen"`: for linear maps the second moments along the factors' eigenvectors too
+            (EKFAC). `"diagonal"`: diagonal everywhere. `"identity"`: d = m, gradient descent with
+            momentum, whose steps `kl_radius` bounds like any others. `"matrix-free"`: d solves
+            (F + damping) d = m with the F of the step's own batch, over all parameters together, by
+            conjugate gradients that the Kronecker blocks precondition. Relative damping is then λ
+            times the mean eigenvalue of each block, and momentum is only in where the search
+            starts. For large batches.
         weight_sharing: how tokens or pixels of an example count that share a weight. `"expand"`: as
             independent rows, right where each has a loss of its own. `"reduce"`: as one row, the
             mean input with the summed score, right where they are pooled before the loss. An
@@ -85,6 +93,8 @@ class NaturalGradientOptimizer(Optimizer):
             `nn.MultiheadAttention`; where other layers have the tokens first, leave it at
             `"expand"`.
         max_factor: a side of a matrix that is larger keeps the diagonal of its factor only.
+        cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
+            passes; every step starts from the last one's direction.
         decay: β of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; the first ten steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
@@ -111,7 +121,7 @@ class NaturalGradientOptimizer(Optimizer):
         weight_decay: float = 0.0,
         kl_radius: float | None = 0.03,
         measure_every: int = 5,
-        damping: Damping = 0.1,
+        damping: Damping = "auto",
         damping_mode: DampingMode = "relative",
         sampling_damping: float = 1.0,
         fisher: FisherKind = "propagated",
@@ -119,6 +129,7 @@ class NaturalGradientOptimizer(Optimizer):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
+        cg_iterations: int = 10,
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -142,6 +153,7 @@ class NaturalGradientOptimizer(Optimizer):
             structure=structure,
             weight_sharing=weight_sharing,
             max_factor=max_factor,
+            cg_iterations=cg_iterations,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

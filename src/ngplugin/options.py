@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ngplugin.curvature.block_choice import BlockRule
+from ngplugin.curvature.block_choice import BlockRule, BlockStructure
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping, as_schedule
 from ngplugin.errors import OptionError
 
 #: Which block a parameter gets; `"identity"` is F = I, plain gradient descent.
-Structure = Literal["auto", "kronecker", "eigen", "diagonal", "identity"]
+Structure = Literal["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Options:
     nesterov: bool = True
     kl_radius: float | None = 0.03
     measure_every: int = 5
-    damping: Damping = 0.1
+    damping: Damping = "auto"
     damping_mode: DampingMode = "relative"
     sampling_damping: float = 1.0
     fisher: FisherKind = "propagated"
@@ -40,6 +40,7 @@ class Options:
     structure: Structure = "auto"
     weight_sharing: WeightSharing = "expand"
     max_factor: int = 8192
+    cg_iterations: int = 10
     decay: float = 0.95
     statistics_every: int = 5
     refresh_every: int = 20
@@ -67,12 +68,15 @@ class Options:
         for name in ("draws", "measure_every", "statistics_every", "refresh_every"):
             check_count(name, getattr(self, name), low=1)
         check_count("spectrum_every", self.spectrum_every, low=1)
+        check_count("cg_iterations", self.cg_iterations, low=1)
         check_count("burn_in", self.burn_in, low=0)
         check_count("seed", self.seed, low=0)
 
     def block_rule(self) -> BlockRule:
-        """How blocks are to be chosen; `"identity"` has blocks only to bound its steps."""
-        structure = "auto" if self.structure == "identity" else self.structure
+        """How blocks are to be chosen; `"identity"` and `"matrix-free"` have some beside them."""
+        structure: BlockStructure = "auto"
+        if self.structure in ("kronecker", "eigen", "diagonal"):
+            structure = self.structure
         return BlockRule(structure, self.weight_sharing, self.max_factor)
 
 

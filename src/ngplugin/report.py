@@ -17,7 +17,7 @@ class StepReport:
         kl_predicted: ½ΔᵀFΔ/Σw of the step as applied, F undamped.
         kl_radius: the bound on the KL at this step.
         step_scale: what the trust region multiplied the proposed step by, in [0, 1].
-        damping: λ.
+        damping: λ; that of the exact block, if there is one, for the next step.
         condition_number: of the block-diagonal damped F, at the last time it was computed.
         condition_number_undamped: the same without damping.
         reduction_ratio: how far the scored losses fell over how far the quadratic model said;

@@ -80,6 +80,12 @@ class BlockChoice:
             self._block_of[id(p)] = block
             self._reason[id(p)] = reason
 
+    def drop(self, blocks: Sequence[Block]) -> None:
+        """Take the parameters of some blocks away from them."""
+        for block in blocks:
+            for p in block.parameters:
+                del self._block_of[id(p)]
+
     def clear(self) -> None:
         """Take every parameter's block away."""
         self._block_of.clear()

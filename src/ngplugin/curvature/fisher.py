@@ -15,10 +15,13 @@ from ngplugin.curvature.blocks import (
     Block,
     BlockDamping,
     DiagonalBlock,
+    ExactBlock,
     GradientBlock,
     MapBlock,
 )
 from ngplugin.curvature.blocks.block import curvature_dtype
+from ngplugin.curvature.exact_rows import ExactRows
+from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
@@ -50,10 +53,12 @@ class Fisher:
 
     Args:
         rule: what was asked for.
+        exact: asked first, for a block of all parameters together; None for none.
     """
 
-    def __init__(self, rule: BlockRule | None = None) -> None:
+    def __init__(self, rule: BlockRule | None = None, exact: ExactRows | None = None) -> None:
         self._choice = BlockChoice(rule or BlockRule())
+        self.exact = exact
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -65,6 +70,17 @@ class Fisher:
         self._choice.parameters = parameters
 
     # -- taking scores in (the observer's side) ----------------------------------------------
+
+    def add_rows(self, loss: ScoredCall, weights: Tensor) -> None:
+        """Take the exact rows of a loss, if they are wanted, while its graph is there."""
+        if self.exact is not None:
+            self.exact.collect(loss, weights, self.parameters)
+        if self.exact is not None and self.exact.refused is not None:
+            self._choice.drop([block for block in self.blocks if isinstance(block, ExactBlock)])
+
+    def takes(self, p: Tensor) -> bool:
+        """Whether scores are wanted of a parameter: not where the exact rows say all."""
+        return self.exact is None or not self.exact.holds(p)
 
     def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
         """Give the weight of each map, and the parameters of each normalization, a block."""
@@ -80,7 +96,8 @@ class Fisher:
 
     def unmapped(self) -> list[Tensor]:
         """The parameters that no map's block holds."""
-        return [p for p in self.parameters if not isinstance(self.block(p), MapBlock)]
+        others = (MapBlock, ExactBlock)
+        return [p for p in self.parameters if not isinstance(self.block(p), others)]
 
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Take d(score)/d(output of a map), counting `share` of a draw."""
@@ -102,11 +119,19 @@ class Fisher:
         """Forget what was added and not folded."""
         for block in self.blocks:
             block.discard()
+        if self.exact is not None:
+            self.exact.discard()
 
     # -- averaging and inverting -------------------------------------------------------------
 
     def fold(self, total_weight: float, decay: float) -> int:
         """Fold what was added into the averages; returns how many statistics were not finite."""
+        found = None if self.exact is None else self.exact.decide()
+        if found is not None:
+            held = {id(p) for p in found.parameters}
+            self._choice.drop([b for b in self.blocks if held & {id(p) for p in b.parameters}])
+            reason = "all parameters of a small model together"
+            self._choice.settle(found, [reason] * len(found.parameters))
         return sum(not block.fold(total_weight, decay) for block in self.blocks)
 
     def fold_empirical(self, parameters: Sequence[Tensor], scale: float, decay: float) -> None:
@@ -140,13 +165,40 @@ class Fisher:
             only_new: leave the blocks alone that have an inverse already.
         """
         ready = [block for block in self.blocks if block.ready]
-        due = [block for block in ready if not (only_new and block.inverted)]
+        averaged = [block for block in ready if not block.every_step]
+        due = [block for block in averaged if not (only_new and block.inverted)]
         if not due:
             return 0
+        floored = replace(damping, floor=self._floor(ready))
+        return sum(not block.refresh(floored) for block in due)
+
+    def isotropic_damping(self, damping: BlockDamping) -> _Parts:
+        """What to add to the diagonal of F/Σw where it is no product of factors; by parameter.
+
+        `"relative"`: λ in units of the mean eigenvalue of the parameter's block, with the floor of
+        `refresh`; `"absolute"`: λ.
+        """
+        ready = [block for block in self.blocks if block.ready]
+        found: _Parts = {}
+        floor = self._floor(ready)
+        for block in ready:
+            unit = block.mean_eigenvalue().clamp_min(floor)
+            if damping.mode == "absolute":
+                unit = torch.ones_like(unit)
+            found.update({id(p): damping.value * unit for p in block.parameters})
+        return found
+
+    @staticmethod
+    def _floor(ready: Sequence[Block]) -> float:
         largest = float(torch.stack([block.mean_eigenvalue() for block in ready]).max())
         rounding = 100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        floored = replace(damping, floor=rounding**2 * largest)
-        return sum(not block.refresh(floored) for block in due)
+        return float(rounding**2 * largest)
+
+    def refresh_every_step(self, damping: BlockDamping) -> int:
+        """The same for the blocks that are of one batch; may be done again with more damping."""
+        return sum(
+            not block.refresh(damping) for block in self.blocks if block.every_step and block.ready
+        )
 
     @property
     def blocks(self) -> list[Block]:
@@ -208,7 +260,9 @@ class Fisher:
 
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""
-        return self._choice.reason(parameter)
+        reason = self._choice.reason(parameter)
+        why_not = self.exact and self.exact.why_not(parameter)
+        return f"{reason}; not exact: {why_not}" if why_not else reason
 
     def block(self, parameter: Tensor) -> Block | None:
         """The block that holds the parameter, None before one was found for it."""
@@ -225,7 +279,7 @@ class Fisher:
         return [
             {
                 "parameters": [place[id(p)] for p in block.parameters],
-                "reasons": [self.reason(p) for p in block.parameters],
+                "reasons": [self._choice.reason(p) for p in block.parameters],
                 **block.state_dict(),
             }
             for block in self.blocks
@@ -236,6 +290,8 @@ class Fisher:
         """Take over a saved matrix, whatever blocks were there before."""
         self._choice.clear()
         for saved in state:
+            if saved["kind"] == ExactBlock.kind and self.exact is None:
+                continue  # the options have changed
             parameters = [self.parameters[i] for i in saved["parameters"]]
             block = BLOCKS[saved["kind"]].made(parameters, saved["layout"])
             block.load_state_dict(saved)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -70,11 +70,16 @@ class Observation:
     silenced: set[int] = field(default_factory=set)  # memory of losses that a declared one replaces
     claimed: set[int] = field(default_factory=set)  # memory that an objective was computed from
 
-    def replay(self) -> list[tuple[ScoredLoss, tuple[Tensor, ...]]]:
-        """Each scored loss with the predictions that the parameters' present values give."""
+    def replay(
+        self, leaves: Mapping[int, Tensor] | None = None
+    ) -> list[tuple[ScoredLoss, tuple[Tensor, ...]]]:
+        """Each scored loss with the predictions that the parameters' present values give.
+
+        With `leaves` in the parameters' places, as differentiable functions of them: see `Tape`.
+        """
         losses = sorted(self.scored, key=lambda loss: loss.mark.position)
         marks = [loss.mark for loss in losses]
-        return list(zip(losses, self.tape.replay(marks), strict=True))
+        return list(zip(losses, self.tape.replay(marks, leaves), strict=True))
 
     def release(self) -> None:
         """Let the graph go."""

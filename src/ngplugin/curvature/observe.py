@@ -19,7 +19,6 @@ losses get their gradients.
 
 from __future__ import annotations
 
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +46,8 @@ from ngplugin.curvature.likelihoods import (
 from ngplugin.curvature.observation import Observation, ScoredLoss
 from ngplugin.curvature.recorded_call import tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
-from ngplugin.curvature.tape import Mark, Tail, Tape
+from ngplugin.curvature.tail import Tail
+from ngplugin.curvature.tape import Mark, Tape
 from ngplugin.curvature.taps import (
     LAYERS,
     MapCall,
@@ -274,14 +274,13 @@ class Observer(TorchFunctionMode):
         self, observation: Observation, place: Mark
     ) -> tuple[Tail | None, OwnLoss | None]:
         """What an objective says of the outputs of the last layers beside recognised losses."""
-        tape, found = observation.tape, None
+        found = None
         for deep in (False, True):
-            tail = tape.tail(place, deep)
+            tail = Tail(observation.tape, place, deep)
             if not tail.outputs or (found and tail.mark.tensors == found[0].mark.tensors):
                 continue
-            loss = functools.partial(tape.value, tail)
-            curvature = OutputCurvature(loss, tail.outputs, self._generator)
-            found = tail, OwnLoss(tail.outputs, loss, curvature, not tail.fixed)
+            curvature = OutputCurvature(tail, tail.outputs, self._generator)
+            found = tail, OwnLoss(tail.outputs, tail, curvature, not tail.fixed)
             if curvature.straight < 1.0:
                 break
         return found or (None, None)

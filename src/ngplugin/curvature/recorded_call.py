@@ -29,6 +29,7 @@ class RecordedCall:
     copies: frozenset[int]  # ids of constants that the call changes behind its result
     random: tuple[Tensor, ...] | None  # generator states before a call that consumed randomness
     autocast: torch.dtype | None  # None: autocast was off
+    differentiable: bool  # gradients were enabled
     entry: Entry
 
     @property

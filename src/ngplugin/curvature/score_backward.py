@@ -16,6 +16,12 @@ from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 class ScoreSink(Protocol):
     """What takes the scores in: the Fisher matrix under construction."""
 
+    def add_rows(self, loss: ScoredCall, weights: Tensor) -> None:
+        """Take what is wanted of a loss beside scores, while its graph is there."""
+
+    def takes(self, p: Tensor) -> bool:
+        """Whether scores are wanted of a parameter."""
+
     def assign(self, calls: Sequence[MapCall | LookupCall], norms: Sequence[NormCall]) -> None:
         """Learn which parameters act through which maps and normalizations."""
 
@@ -58,10 +64,13 @@ class ScoreBackward:
 
         Terms are independent, so the gradient of Σ_i √w_i s_i has the covariance F.
         """
+        self._sink.add_rows(loss, weights)
         self._compare(observation, loss.predictions)
-        self._sink.assign([call for call, _ in observation.maps], observation.norms)
+        maps = [m for m in observation.maps if self._sink.takes(m[0].weight)]
+        norms = [n for n in observation.norms if n.weight is None or self._sink.takes(n.weight)]
+        self._sink.assign([call for call, _ in maps], norms)
         unmapped = [p for p in self._sink.unmapped() if p.requires_grad]
-        inputs: Any = [*(edge for _, edge in observation.maps), *unmapped]
+        inputs: Any = [*(edge for _, edge in maps), *unmapped]
         if not inputs:
             return
         for seeds, share in loss.scores(self._kind, weights, self._draws, self._generator):
@@ -72,10 +81,10 @@ class ScoreBackward:
                 retain_graph=True,
                 allow_unused=True,
             )
-            for (call, _), score in zip(observation.maps, scores, strict=False):
+            for (call, _), score in zip(maps, scores, strict=False):
                 if score is not None:
                     self._sink.add_map_score(call, score, share)
-            gradients = zip(unmapped, scores[len(observation.maps) :], strict=True)
+            gradients = zip(unmapped, scores[len(maps) :], strict=True)
             self._sink.add_gradient_scores(
                 [(p, score) for p, score in gradients if score is not None], share
             )
@@ -90,6 +99,7 @@ class ScoreBackward:
         mapped = {id(call.weight) for call, _ in observation.maps}
         doubtful = [w for key, w in observation.elsewhere.items() if key in mapped]
         doubtful = [w for w in doubtful if w.requires_grad and not self._sink.compared(w)]
+        doubtful = [w for w in doubtful if self._sink.takes(w)]
         if not doubtful:
             return
         calls = [

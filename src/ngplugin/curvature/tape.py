@@ -19,11 +19,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -49,25 +49,6 @@ class Mark:
     tensors: tuple[Any, ...]  # slots, or the tensors themselves where no call made them
 
 
-@dataclass(frozen=True)
-class Tail:
-    """The calls between the model's last layers and a value.
-
-    Attributes:
-        outputs: of the last layers, with their graph.
-        mark: where the tape has them, for a replay.
-        value: where it has the value.
-        calls: those between, with their places.
-        fixed: other values that enter, which count as constants.
-    """
-
-    outputs: tuple[Tensor, ...]
-    mark: Mark
-    value: Mark
-    calls: Sequence[tuple[int, RecordedCall]]
-    fixed: dict[int, Tensor]
-
-
 class Tape:
     """Records calls as they happen (`run`), and runs them again (`replay`).
 
@@ -79,27 +60,29 @@ class Tape:
 
     def __init__(self, parameters: Sequence[Tensor], layers: Collection[Any] = ()) -> None:
         self._layers = layers
-        self._parameters = {id(p): p for p in parameters}
+        self.parameters = {id(p): p for p in parameters}
         self._device = parameters[0].device if parameters else torch.device("cpu")
-        self._calls: list[RecordedCall] = []
+        self.calls: list[RecordedCall] = []
         self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
         self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
-        self._alias: list[int] = []  # slot -> the first slot of those that share its memory
+        self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
         self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
-        self._made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
-        self._scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
+        self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
+        self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
+        self._ungraphed: set[Slot] = set()  # last written to while gradients were disabled
         self.obstacle: str | None = None  # why this tape cannot be replayed
+        self.hidden_derivative: str | None = None  # why a replay cannot be differentiated
 
     def run(
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call `function(*args, **kwargs)`, record it if a parameter's value enters it."""
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
-        if not any(id(t) in self._parameters or t in self._slots for t in inputs):
+        if not any(id(t) in self.parameters or t in self._slots for t in inputs):
             result = function(*args, **kwargs)
-            origin_known = all(map(self._origin_known, inputs))
+            origin_known = all(map(self.origin_known, inputs))
             for tensor in tensors_in(result):
                 if origin_known and tensor.grad_fn is not None:
                     self._constants[tensor] = True
@@ -123,10 +106,15 @@ class Tape:
         outputs = tuple(self._new_slot(t) for t in tensors_in(result))
         if entry != "none":
             made = zip(outputs, tensors_in(result), strict=True)
-            self._made.update((slot, t) for slot, t in made if slot is not None)
+            self.made.update((slot, t) for slot, t in made if slot is not None)
         if entry == "alone":
             origins = self._parameters_in(inputs)
             self._alone.update((slot, origins) for slot in outputs if slot is not None)
+        written = slots_in(outputs or recorded_args[:1])
+        if torch.is_grad_enabled():
+            self._ungraphed.difference_update(written)
+        else:
+            self._ungraphed.update(written)
         if not outputs and name != "__setitem__":
             return result  # a shape, a number: nothing to replay
         consumed = any(
@@ -134,14 +122,14 @@ class Tape:
         )
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
         if name in _WRITES_UNNOTICED:
-            changed = [t for t in constants if id(t) not in self._parameters]
-        rewritten = {id(t) for t in changed} & self._parameters.keys()
+            changed = [t for t in constants if id(t) not in self.parameters]
+        rewritten = {id(t) for t in changed} & self.parameters.keys()
         if rewritten and rewritten <= self._unmade:
             return result  # its first values, to which a replay shall not go back
         if rewritten:
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
         autocast = torch.is_autocast_enabled(self._device.type)
-        self._calls.append(
+        self.calls.append(
             RecordedCall(
                 function,
                 recorded_args,
@@ -150,6 +138,7 @@ class Tape:
                 frozenset(id(t) for t in changed),
                 random if consumed else None,
                 torch.get_autocast_dtype(self._device.type) if autocast else None,
+                torch.is_grad_enabled(),
                 entry,
             )
         )
@@ -157,7 +146,7 @@ class Tape:
 
     def _entry(self, function: Callable[..., Any], inputs: Sequence[Tensor], result: Any) -> Entry:
         weights = [
-            t for t in inputs if id(t) in self._parameters or self._slots.get(t) in self._alone
+            t for t in inputs if id(t) in self.parameters or self._slots.get(t) in self._alone
         ]
         derivative = function is torch.autograd.grad  # its graph is no argument of it
         if function in self._layers or derivative:
@@ -176,7 +165,7 @@ class Tape:
 
     def _parameters_in(self, inputs: Sequence[Tensor]) -> frozenset[int]:
         """The ids of those among the inputs, or that these were computed from alone."""
-        direct = frozenset(id(t) for t in inputs if id(t) in self._parameters)
+        direct = frozenset(id(t) for t in inputs if id(t) in self.parameters)
         slots = [self._slots[t] for t in inputs if t in self._slots]
         return direct.union(*(self._alone.get(slot, ()) for slot in slots))
 
@@ -184,27 +173,33 @@ class Tape:
         """Note that a value is that of a loss which is accounted for."""
         if value in self._slots:
             slot = self._slots[value]
-            last = max(i for i, call in enumerate(self._calls) if slot in call.touched)
-            self._scored[last] = value.detach().clone()
+            last = max(i for i, call in enumerate(self.calls) if slot in call.touched)
+            self.scored[last] = value.detach().clone()
             self._alone.pop(slot, None)
 
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
-        self._made.clear()
+        self.made.clear()
 
     def mark(self, tensors: Sequence[Tensor]) -> Mark:
         """Remember `tensors`, as they are now, as something a replay shall return."""
         self._check_origin(tensors, "the loss")
-        return Mark(len(self._calls), tuple(self._slot_of(t) for t in tensors))
+        return Mark(len(self.calls), tuple(self._slot_of(t) for t in tensors))
 
-    def replay(self, marks: Sequence[Mark]) -> list[tuple[Tensor, ...]]:
+    def replay(
+        self, marks: Sequence[Mark], leaves: Mapping[int, Tensor] | None = None
+    ) -> list[tuple[Tensor, ...]]:
         """Run the recorded calls with the parameters' present values.
 
         Args:
             marks: what to return, in the order in which they were marked.
+            leaves: id of a parameter to the tensor that takes its place. With it the results are
+                differentiable functions of these tensors, as often as one likes: attention is
+                computed in steps, since its fused kernels have no second derivative.
 
         Returns:
-            For each mark its tensors, detached, as they were when they were marked.
+            For each mark its tensors, as they were when they were marked; detached unless `leaves`
+            are given.
 
         Raises:
             RuntimeError: the tape has an `obstacle`.
@@ -220,110 +215,83 @@ class Tape:
             for slot in slots_in(mark.tensors):
                 last_use[slot] = max(mark.position, last_use.get(slot, 0))
         differentiates = any(call.function is torch.autograd.grad for _, call in calls)
+        kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if leaves is not None:
+            differentiates, kernels = True, sdpa_kernel(SDPBackend.MATH)
         values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        replaced = leaves or {}
         waiting = list(marks)
         results: list[tuple[Tensor, ...]] = []
         before = self._random_state()
         try:
-            with torch.set_grad_enabled(differentiates):
+            with torch.set_grad_enabled(differentiates), kernels:
                 for i, call in calls:
                     while waiting and waiting[0].position <= i:
-                        results.append(self._marked(waiting.pop(0), values))
-                    self._rerun(call, values)
+                        results.append(self._marked(waiting.pop(0), values, replaced))
+                    # Without leaves a derivative in the forward pass sees everything.
+                    graphed = call.differentiable if leaves is not None else differentiates
+                    with torch.set_grad_enabled(graphed):
+                        self._rerun(call, values, replaced)
                     for slot in slots_in((call.args, call.kwargs, call.outputs)):
                         if last_use[slot] <= i:
                             values.pop(slot, None)
-                results += [self._marked(mark, values) for mark in waiting]
+                results += [self._marked(mark, values, replaced) for mark in waiting]
         finally:
             self._set_random_state(before)
+        if leaves is None:
+            return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
 
     # -- the part behind the last layers -------------------------------------------------------
 
     def place(self, value: Tensor) -> Mark | None:
         """Where a value is; None if it was not computed on the tape."""
-        return Mark(len(self._calls), (self._slots[value],)) if value in self._slots else None
+        return Mark(len(self.calls), (self._slots[value],)) if value in self._slots else None
 
     def memory(self, mark: Mark) -> set[int]:
         """The marked tensors' own memory, named by its first slot."""
-        return {self._alias[s] for s in slots_in(mark.tensors)}
+        return {self.alias[s] for s in slots_in(mark.tensors)}
 
     def upstream(self, mark: Mark) -> set[int]:
         """All memory, named by its first slot, that the marked tensors depend on."""
         calls = [call for _, call in self._needed_calls([mark])]
-        return {self._alias[s] for call in calls for s in call.touched}
+        return {self.alias[s] for call in calls for s in call.touched}
 
-    def tail(self, value: Mark, deep: bool = False) -> Tail:
-        """What leads from the model's last layers to a marked value.
-
-        Args:
-            value: one tensor.
-            deep: do not stop where parameters without layers enter; count such parameters
-                themselves as outputs of the model. Those that layers have too are none: a penalty
-                on weights says nothing of a prediction.
-        """
-        stops = {"layer"} if deep else {"layer", "beside"}
-        bare = self._parameters.keys() - self._in_layers(value) if deep else set()
-        written = {
-            self._alias[s] for call in self._calls if call.entry in stops for s in call.touched
-        }
-        needed = self.memory(value)
-        outputs: dict[Any, Tensor] = {}  # by slot, or by id where no call made them
-        fixed: dict[int, Tensor] = {}
-        between: list[tuple[int, RecordedCall]] = []
-        for i in range(value.position - 1, -1, -1):
-            call = self._calls[i]
-            met = [s for s in call.touched if self._alias[s] in needed]
-            if not met:
-                continue
-            if i in self._scored:
-                fixed[met[0]] = self._scored[i]
-            elif call.entry in stops:
-                outputs.update((s, self._made[s]) for s in met)
-            elif any(s in self._made and self._alias[s] in written for s in met) and set(
-                slots_in(call.args)
-            ).intersection(met):  # written to in place: the output is what it is now
-                outputs.update((s, self._made[s]) for s in met if s in self._made)
-            else:
-                between.append((i, call))
-                needed.update(self._alias[s] for s in slots_in((call.args, call.kwargs)))
-                for t in (*tensors_in(call.args), *tensors_in(call.kwargs)):
-                    unknown = t.grad_fn is not None and not self._origin_known(t)
-                    if unknown or id(t) in bare:
-                        outputs[id(t)] = t
-                continue
-            needed.difference_update(self._alias[s] for s in met)
-        mark = Mark(value.position, tuple(k if type(k) is Slot else outputs[k] for k in outputs))
-        return Tail(tuple(outputs.values()), mark, value, between[::-1], fixed)
-
-    def _in_layers(self, value: Mark) -> set[int]:
-        """The ids of the parameters that enter the layers which a marked value depends on."""
+    def in_layers(self, mark: Mark) -> set[int]:
+        """The ids of the parameters that enter the layers which the marked tensors depend on."""
         found: set[int] = set()
-        for _, call in self._needed_calls([value]):
+        for _, call in self._needed_calls([mark]):
             if call.entry == "layer":
                 inputs = call.args, call.kwargs
-                found.update(id(t) for t in tensors_in(inputs) if id(t) in self._parameters)
+                found.update(id(t) for t in tensors_in(inputs) if id(t) in self.parameters)
                 found.update(*(self._alone.get(slot, ()) for slot in slots_in(inputs)))
         return found
 
-    def value(self, tail: Tail, outputs: Sequence[Tensor]) -> Tensor:
-        """The tail's value as a function of the outputs of the last layers."""
-        values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
-        values.update(tail.fixed)
-        others: dict[int, Tensor] = {}
-        for place, tensor in zip(tail.mark.tensors, outputs, strict=True):
-            if type(place) is Slot:
-                values[place] = tensor
-            else:
-                others[id(place)] = tensor
+    def run_again(
+        self,
+        calls: Sequence[RecordedCall],
+        values: Mapping[int, Tensor],
+        replaced: Mapping[int, Tensor],
+    ) -> dict[int, Tensor]:
+        """Some calls in their order, from other values.
+
+        Args:
+            calls: of the tape.
+            values: by slot, what was made before them.
+            replaced: by id, what to take for tensors that no call made.
+
+        Returns:
+            Their results, and the values, by slot.
+        """
+        known: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        known.update(values)
         before = self._random_state()
         try:
-            for _, call in tail.calls:
-                self._rerun(call, values, others)
+            for call in calls:
+                self._rerun(call, known, replaced)
         finally:
             self._set_random_state(before)
-        (place,) = tail.value.tensors
-        return values[place] if type(place) is Slot else place
+        return known
 
     # -- recording -------------------------------------------------------------------------
 
@@ -331,32 +299,38 @@ class Tape:
         return self._slots.get(leaf, leaf) if isinstance(leaf, Tensor) else leaf
 
     def _new_slot(self, tensor: Tensor) -> Slot | None:
-        if id(tensor) in self._parameters:
+        if id(tensor) in self.parameters:
             return None
         if tensor in self._slots:  # changed in place: it keeps its slot
             return self._slots[tensor]  # type: ignore[no-any-return]
-        slot = Slot(len(self._alias))
+        slot = Slot(len(self.alias))
         base = tensor._base if tensor._is_view() else None
         shared = self._slots.get(base) if base is not None else None
-        self._alias.append(self._alias[shared] if shared is not None else int(slot))
+        self.alias.append(self.alias[shared] if shared is not None else int(slot))
         self._slots[tensor] = slot
         return slot
 
     def _keep_original(self, target: Tensor, name: str) -> None:
-        if target in self._slots or id(target) in self._parameters:
+        if target in self._slots or id(target) in self.parameters:
             return
         original = target.detach().clone()
         slot = self._new_slot(target)
         if slot is not None:
             self._originals[slot] = original
 
-    def _origin_known(self, t: Tensor) -> bool:
-        known = t in self._slots or t in self._constants or id(t) in self._parameters
+    def origin_known(self, t: Tensor) -> bool:
+        """Whether the tape knows how a tensor was computed, if it was at all."""
+        known = t in self._slots or t in self._constants or id(t) in self.parameters
         return known or t.grad_fn is None
 
     def _check_origin(self, tensors: Sequence[Tensor], name: str) -> None:
         for t in tensors:
-            if not self._origin_known(t):
+            if t.requires_grad and self._slots.get(t) in self._ungraphed:
+                self.hidden_derivative = (
+                    f"a tensor of shape {tuple(t.shape)} that enters `{name}` has a derivative "
+                    "that none of its calls has (a custom autograd.Function)"
+                )
+            if not self.origin_known(t):
                 self.obstacle = (
                     f"a tensor of shape {tuple(t.shape)} that enters `{name}` was made by no torch "
                     "function that can be observed (a custom autograd.Function, a scripted module, "
@@ -381,27 +355,22 @@ class Tape:
         needed: set[int] = set()  # memory, named by its first slot
         chosen: list[tuple[int, RecordedCall]] = []
         pending = sorted(marks, key=lambda mark: mark.position)
-        for i in range(len(self._calls) - 1, -1, -1):
+        for i in range(len(self.calls) - 1, -1, -1):
             while pending and pending[-1].position > i:
-                needed.update(self._alias[s] for s in slots_in(pending.pop().tensors))
-            call = self._calls[i]
-            if any(self._alias[s] in needed for s in call.touched):
-                needed.update(self._alias[s] for s in slots_in((call.args, call.kwargs)))
+                needed.update(self.alias[s] for s in slots_in(pending.pop().tensors))
+            call = self.calls[i]
+            if any(self.alias[s] in needed for s in call.touched):
+                needed.update(self.alias[s] for s in slots_in((call.args, call.kwargs)))
                 chosen.append((i, call))
         return chosen[::-1]
 
     def _rerun(
-        self,
-        call: RecordedCall,
-        values: dict[int, Tensor],
-        others: Mapping[int, Tensor] = MappingProxyType({}),  # by the id of what they stand for
+        self, call: RecordedCall, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
     ) -> None:
         def value_of(leaf: Any) -> Any:
             if type(leaf) is Slot:
                 return values[leaf]
-            if id(leaf) in others:
-                return others[id(leaf)]
-            return leaf.clone() if id(leaf) in call.copies else leaf
+            return leaf.clone() if id(leaf) in call.copies else replaced.get(id(leaf), leaf)
 
         if call.random is not None:
             self._set_random_state(call.random)
@@ -417,6 +386,10 @@ class Tape:
                 values[slot] = tensor
 
     @staticmethod
-    def _marked(mark: Mark, values: dict[int, Tensor]) -> tuple[Tensor, ...]:
+    def _marked(
+        mark: Mark, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
+    ) -> tuple[Tensor, ...]:
         # Cloned, since a later call may write into a prediction.
-        return tuple((values[t] if type(t) is Slot else t).detach().clone() for t in mark.tensors)
+        return tuple(
+            (values[t] if type(t) is Slot else replaced.get(id(t), t)).clone() for t in mark.tensors
+        )

@@ -51,6 +51,7 @@ class NaturalGradient(Callback):
         structure: see there.
         weight_sharing: see there.
         max_factor: see there.
+        cg_iterations: see there.
         decay: see there.
         statistics_every: see there; steps.
         refresh_every: see there; steps.
@@ -75,7 +76,7 @@ class NaturalGradient(Callback):
         nesterov: bool = True,
         kl_radius: float | None = 0.03,
         measure_every: int = 5,
-        damping: Damping = 0.1,
+        damping: Damping = "auto",
         damping_mode: DampingMode = "relative",
         sampling_damping: float = 1.0,
         fisher: FisherKind = "propagated",
@@ -83,6 +84,7 @@ class NaturalGradient(Callback):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
+        cg_iterations: int = 10,
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -109,6 +111,7 @@ class NaturalGradient(Callback):
             structure=structure,
             weight_sharing=weight_sharing,
             max_factor=max_factor,
+            cg_iterations=cg_iterations,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

@@ -7,6 +7,7 @@ from ngplugin.curvature.blocks.block import GradientBlock as GradientBlock
 from ngplugin.curvature.blocks.block import MapBlock as MapBlock
 from ngplugin.curvature.blocks.diagonal import DiagonalBlock as DiagonalBlock
 from ngplugin.curvature.blocks.eigen import EigenBlock as EigenBlock
+from ngplugin.curvature.blocks.exact import ExactBlock as ExactBlock
 from ngplugin.curvature.blocks.gradient_kronecker import (
     GradientKroneckerBlock as GradientKroneckerBlock,
 )
@@ -21,6 +22,7 @@ BLOCKS: dict[str, type[Block]] = {
     for block in (
         DiagonalBlock,
         EigenBlock,
+        ExactBlock,
         GradientKroneckerBlock,
         HalfDiagonalBlock,
         KroneckerBlock,
@@ -35,6 +37,7 @@ __all__ = [
     "DampingMode",
     "DiagonalBlock",
     "EigenBlock",
+    "ExactBlock",
     "GradientBlock",
     "GradientKroneckerBlock",
     "HalfDiagonalBlock",

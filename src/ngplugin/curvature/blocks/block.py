@@ -46,9 +46,11 @@ class Block(ABC):
     Attributes:
         parameters: the tensors whose gradients go in and directions come out, in this order.
         kind: the word for it in the coverage table and in a saved state.
+        every_step: it is of one batch, so it takes statistics and is refreshed at every step.
     """
 
     kind: str
+    every_step = False
     parameters: tuple[Tensor, ...]
 
     @abstractmethod

@@ -25,6 +25,10 @@ class Bernoulli(Likelihood):
         # sigmoid(-η) is 1 - p without the cancellation.
         return (self.natural.sigmoid() * (-self.natural).sigmoid()).sqrt() * vector
 
+    def information(self, vector: Tensor) -> Tensor:
+        """p (1 - p) v."""
+        return self.natural.sigmoid() * (-self.natural).sigmoid() * vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """p (log p - log q) + (1 - p) (log(1 - p) - log(1 - q))."""
         a, b = self.natural, other.natural

@@ -32,6 +32,12 @@ class Categorical(Likelihood):
         scaled = p.sqrt() * vector
         return scaled - p * scaled.sum(-1, keepdim=True)
 
+    def information(self, vector: Tensor) -> Tensor:
+        """(diag(p) - ppᵀ) v."""
+        p = self.natural.softmax(-1)
+        weighted = p * vector
+        return weighted - p * weighted.sum(-1, keepdim=True)
+
     def kl(self, other: Likelihood) -> Tensor:
         """Σ_c p_c (log p_c - log q_c)."""
         log_p = self.natural.log_softmax(-1)

@@ -33,6 +33,10 @@ class Gaussian(Likelihood):
         """The vector itself: the Fisher information of the mean is 1."""
         return vector
 
+    def information(self, vector: Tensor) -> Tensor:
+        """V itself."""
+        return vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """½ (η - η')² at unit variance."""
         return 0.5 * (self.natural - other.natural).square()

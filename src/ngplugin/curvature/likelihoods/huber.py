@@ -70,6 +70,10 @@ class Huber(Likelihood):
         """√P(|x| ≤ a) v."""
         return self._inside().sqrt() * vector
 
+    def information(self, vector: Tensor) -> Tensor:
+        """P(|x| ≤ a) v."""
+        return self._inside() * vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """∫₀^Δ (Δ - u) P(|x - u| ≤ a) du.
 

@@ -26,6 +26,10 @@ class Laplace(Likelihood):
         """The vector itself: the Fisher information of the location is 1."""
         return vector
 
+    def information(self, vector: Tensor) -> Tensor:
+        """V itself."""
+        return vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """|Δη| + exp(-|Δη|) - 1."""
         distance = (self.natural - other.natural).abs()

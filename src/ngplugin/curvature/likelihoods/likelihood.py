@@ -127,16 +127,36 @@ class Likelihood(Prediction):
 
         The data's own scores do not average to zero; with their signs the square of a sum is right.
         """
-        with torch.enable_grad():
-            natural = self.natural.detach().requires_grad_()
-            total = self._at(natural).nll(target).sum()
-        (score,) = torch.autograd.grad(total, natural)
+        score = self.residual(target)
         sign = random_signs(score.new_empty(len(score)), generator)
         return score * sign.reshape(-1, *[1] * (score.dim() - 1))
 
     def _at(self, natural: Tensor) -> Likelihood:
         """The same family at other natural parameters."""
         return type(self)(natural)
+
+    @abstractmethod
+    def information(self, vector: Tensor) -> Tensor:
+        """H v of every term, exactly; both of the shape of η."""
+
+    def root_matrix(self) -> Tensor:
+        """R of every term as a matrix, `[terms, outputs, columns]`."""
+        one = torch.zeros_like(self.natural)
+        if one.dim() == 1:
+            return self.root(one + 1)[:, None, None]
+        columns = []
+        for c in range(one.shape[1]):
+            one.zero_()[:, c] = 1
+            columns.append(self.root(one))
+        return torch.stack(columns, -1)
+
+    def residual(self, target: Tensor) -> Tensor:
+        """-d log p(target)/dη of every term, the shape of η."""
+        eta = self.natural.detach().requires_grad_()
+        with torch.enable_grad():
+            total = self._at(eta).nll(target).sum()
+        (gradient,) = torch.autograd.grad(total, eta)
+        return gradient
 
 
 def random_signs(like: Tensor, generator: torch.Generator) -> Tensor:

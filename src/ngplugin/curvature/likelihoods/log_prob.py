@@ -126,6 +126,31 @@ class LogProbCall(ScoredCall):
             w = w.reshape(*w.shape, *[1] * (len(inner) - w.dim())).expand(inner)
         return part, w.shape, w.reshape(-1).sqrt()
 
+    def information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """-∂∂' Σ_i w_i KL(p_i ‖ p'_i) at p' = p, once by either side.
+
+        Unlike the second derivative by one side this needs first derivatives of the distribution's
+        tensors only, so it may not matter that they depend on each other, as normalized logits do
+        (Eguchi 1983, Second Order Efficiency of Minimum Contrast Estimators, doi 10.1214/aos/
+        1176346246). Where the KL is estimated from samples, so is this.
+        """
+        ours, others = (
+            [widened(t.detach()).requires_grad_() for t in self.predictions] for _ in range(2)
+        )
+        with torch.enable_grad():
+            p, q = (Scored(self._with(tensors), self.shape) for tensors in (ours, others))
+            kl = (weights * p.kl(q)).sum()
+            slopes = torch.autograd.grad(kl, ours, create_graph=True, allow_unused=True)
+            along = sum(
+                ((s * t).sum() for s, t in zip(slopes, tangents, strict=True) if s is not None),
+                start=kl.new_zeros(()),
+            )
+        parts = torch.autograd.grad(along, others, allow_unused=True)
+        return [
+            torch.zeros_like(t) if part is None else -part
+            for part, t in zip(parts, others, strict=True)
+        ]
+
     def detached(self) -> LogProbCall:
         """The same with detached tensors in the distribution."""
         tensors = tuple(t.detach() for t in self.predictions)
@@ -158,8 +183,10 @@ class Scored(Prediction):
         """
         assert isinstance(other, Scored)
         try:
+            wanted = torch.is_grad_enabled()
             with torch.enable_grad():  # that of a Wishart is made of derivatives
-                exact = kl_divergence(self.distribution, other.distribution).detach()
+                exact = kl_divergence(self.distribution, other.distribution)
+            exact = exact if wanted else exact.detach()
         except NotImplementedError:
             pass
         else:

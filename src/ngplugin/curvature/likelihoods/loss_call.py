@@ -13,8 +13,9 @@ and returns a `LossCall`, or None where the loss says nothing about a model (no 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -80,8 +81,57 @@ class ScoredCall(ABC):
         """
 
     @abstractmethod
+    def information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """H t with H = Σ_i w_i H_i, what the scores that `draw` gives have for a covariance.
+
+        Args:
+            weights: of each term, `[terms]`.
+            tangents: t, a derivative of each prediction, of its shape; so are the results.
+        """
+
+    @abstractmethod
     def detached(self) -> ScoredCall:
         """The same without any graph."""
+
+    def parts(self, weights: Tensor) -> Sequence[tuple[RootedCall, Tensor]]:
+        """The call by independent terms, with their weights: itself, where it is made of such."""
+        return [(self, weights)]
+
+    def outputs(self) -> int | None:
+        """How many columns the root of a term's H has, None where no root is known."""
+        return None
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """√w H^½ of every term, None where no root of H is known."""
+        return None
+
+
+class RootedCall(Protocol):
+    """Independent terms of a prediction with a square root of their Fisher information."""
+
+    name: str
+    predictions: tuple[Tensor, ...]
+
+    def outputs(self) -> int | None:
+        """How many columns the root of a term's H has, None where no root is known."""
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """√w H^½ of every term, None where no root of H is known."""
+
+
+@dataclass(frozen=True)
+class FisherRoot:
+    """w H = B Bᵀ of every term, with B = √w H^½.
+
+    Attributes:
+        columns: B's columns, each of η's shape `[terms, ...]`.
+        residuals: ρ of each column, `[terms]`: d(objective)/dη = Σ_c B_c ρ_c.
+        pull_back: carries d/dη to d/d(each prediction).
+    """
+
+    columns: list[Tensor]
+    residuals: list[Tensor]
+    pull_back: Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -160,9 +210,40 @@ class LossCall(ScoredCall):
             else:
                 yield likelihood.empirical_score(self.target, generator), 1 / draws
 
+    def outputs(self) -> int:
+        """As many as a term has natural parameters."""
+        natural = self.likelihood().natural
+        return natural[0].numel() if len(natural) else 1
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot | None:
+        """From the family's own root; ρ = √w H^-½ s is the least solution, s the residual."""
+        likelihood = self.likelihood()
+        root, s = likelihood.root_matrix(), likelihood.residual(self.target)
+        sqrt = weights.sqrt()
+        if root.shape[1:] == (1, 1):
+            (column,) = root.reshape(1, -1)
+            rho = torch.where(column == 0, 0.0, s / column)
+            return FisherRoot([sqrt * column], [sqrt * rho], self.pull_back)
+        rho = (torch.linalg.pinv(root) @ s[:, :, None])[:, :, 0] * sqrt[:, None]
+        columns = [*(root * sqrt[:, None, None]).unbind(-1)]
+        return FisherRoot(columns, [*rho.unbind(-1)], self.pull_back)
+
     def detached(self) -> LossCall:
         """The same with detached predictions."""
         return replace(self, predictions=tuple(t.detach() for t in self.predictions))
+
+    def information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Forward to the natural parameters, times their Fisher information, and back."""
+        likelihood = self.likelihood()
+        leaves = [t.detach().requires_grad_() for t in self.predictions]
+        with torch.enable_grad():
+            natural = self.natural(*(widened(t) for t in leaves))
+            dual = torch.zeros_like(natural, requires_grad=True)
+            pulled = torch.autograd.grad(natural, leaves, dual, create_graph=True)
+        (pushed,) = torch.autograd.grad(pulled, dual, [*tangents], retain_graph=True)
+        weights = weights.reshape(-1, *[1] * (natural.dim() - 1))
+        score = weights * likelihood.information(pushed)
+        return list(torch.autograd.grad(natural, leaves, score))
 
     def pull_back(self, score: Tensor) -> list[Tensor]:
         """Carry d/d(natural parameters), of η's shape, to d/d(each prediction)."""

@@ -30,6 +30,11 @@ class Normal(Likelihood):
         v = self._split()[1]
         return torch.stack([v.rsqrt(), 0.5**0.5 / v], -1) * vector
 
+    def information(self, vector: Tensor) -> Tensor:
+        """(v₁/v, v₂/(2v²))."""
+        v = self._split()[1]
+        return torch.stack([1 / v, 0.5 / v.square()], -1) * vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """½ (v/v' - 1 - log(v/v') + (m - m')²/v')."""
         assert isinstance(other, Normal)

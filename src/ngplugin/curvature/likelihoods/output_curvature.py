@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,8 +20,8 @@ _ALIKE = 1e-3  # relative difference up to which two measurements of a Hessian a
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Outputs that share all but their last dimension: one small matrix for each row.
+class Rows:
+    """|H| of outputs that share all but their last dimension: one small matrix for each row.
 
     Attributes:
         members: which outputs, by their places.
@@ -35,13 +35,22 @@ class _Rows:
     values: Tensor
     vectors: Tensor | None
 
-    def gather(self, outputs: Sequence[Tensor]) -> Tensor:
+    def gather(self, outputs: Sequence[Tensor] | Mapping[int, Tensor]) -> Tensor:
         """In the basis of the eigenvectors, `[rows, features]`."""
         parts = [outputs[i].reshape(-1, w) for i, w in zip(self.members, self.widths, strict=True)]
         joined = torch.cat(parts, 1)
         if self.vectors is None:
             return joined
         return (self.vectors.mT @ joined[:, :, None])[:, :, 0]
+
+    def column(self, k: int) -> Tensor:
+        """The k-th column of |H|^½ of each row, over its features, `[rows, features]`."""
+        root = self.values[:, k, None].sqrt()
+        if self.vectors is not None:
+            return root * self.vectors[:, :, k]
+        return root * torch.nn.functional.one_hot(
+            torch.tensor(k, device=root.device), sum(self.widths)
+        )
 
     def scatter(self, rows: Tensor, into: list[Tensor]) -> None:
         """The inverse of `gather`."""
@@ -88,20 +97,24 @@ class OutputCurvature:
             slopes = _derivatives([value], leaves, None, create_graph=True)
         self.value = value.detach()
         self.slopes = [g.detach() for g in slopes]
-        self._groups: list[_Rows] = []
+        self._groups: list[Rows] = []
         product = _Products(slopes, leaves, generator)
         straight, sloping = 0, 0
         scale = self._loss_scale()
         for members in _by_rows(self.outputs):
             widths = tuple(_width(self.outputs[i]) for i in members)
             values, vectors = product.rows(members, widths)
-            group = _Rows(members, widths, values, vectors)
-            g = _Rows(members, widths, values, None).gather(self.slopes)
+            group = Rows(members, widths, values, vectors)
+            g = Rows(members, widths, values, None).gather(self.slopes)
             group, slope, flat = _with_empirical(group, g, scale)
             self._groups.append(group)
             sloping += int(slope.sum())
             straight += int((slope & flat).sum())
         self.straight = straight / sloping if sloping else 0.0
+
+    def groups(self) -> list[Rows]:
+        """Outputs that share their rows, each group by itself."""
+        return self._groups
 
     def _loss_scale(self) -> float:
         """What the loss is worth in its own units, positive: its size, or a part of Σ|g z|.
@@ -131,6 +144,13 @@ class OutputCurvature:
             plain.scatter(kappa.sqrt() * random_signs(g[:, :1], generator) * g, seeds)
         return seeds
 
+    def times(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """|H| v, one tensor an output."""
+        products = [torch.zeros_like(t) for t in self.outputs]
+        for group in self._groups:
+            group.scatter(group.values * group.gather(vectors), products)
+        return products
+
     def squared_length(self, vectors: Sequence[Tensor]) -> Tensor:
         """VᵀHv, a scalar."""
         parts = [(group.values * group.gather(vectors).square()).sum() for group in self._groups]
@@ -153,7 +173,7 @@ class OutputCurvature:
         return torch.stack(parts).sum()
 
 
-def _with_empirical(group: _Rows, g: Tensor, scale: float) -> tuple[_Rows, Tensor, Tensor]:
+def _with_empirical(group: Rows, g: Tensor, scale: float) -> tuple[Rows, Tensor, Tensor]:
     """Add κ g₀ g₀ᵀ to every row, with g₀ the part of its slope along which it is straight.
 
     Args:

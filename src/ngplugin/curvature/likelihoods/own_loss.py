@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.likelihoods.likelihood import FisherKind, Prediction
-from ngplugin.curvature.likelihoods.loss_call import ScoredCall
-from ngplugin.curvature.likelihoods.output_curvature import OutputCurvature
+from ngplugin.curvature.likelihoods.loss_call import FisherRoot, ScoredCall
+from ngplugin.curvature.likelihoods.output_curvature import OutputCurvature, Rows
 
 # Losses of which more than this share of the sloping rows is straight go by the name of empirical.
 _MOSTLY = 0.5
@@ -67,6 +67,20 @@ class OwnLoss(ScoredCall):
         for _ in range(draws):
             yield [weights.sqrt().reshape(()) * seed for seed in root(generator)], 1 / draws
 
+    def parts(self, weights: Tensor) -> list[tuple[OwnRows, Tensor]]:
+        """One for all outputs that share their rows, each row a term."""
+        found: list[tuple[OwnRows, Tensor]] = []
+        for group in self.curvature.groups():
+            members = tuple(self.predictions[i] for i in group.members)
+            if all(t.grad_fn is not None for t in members):  # a parameter itself is no prediction
+                rows = OwnRows(members, group, [self.curvature.slopes[i] for i in group.members])
+                found.append((rows, weights.expand(len(group.values))))
+        return found
+
+    def information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """W |H| t."""
+        return [weights.reshape(()) * part for part in self.curvature.times(tangents)]
+
     def detached(self) -> OwnLoss:
         """The same with detached outputs."""
         return replace(self, predictions=tuple(t.detach() for t in self.predictions))
@@ -81,6 +95,48 @@ class OwnLoss(ScoredCall):
         value = self.curvature.value
         bounded = torch.minimum(decrement, 2 * value)
         return torch.where(value > 0, bounded, decrement) if self.alone else decrement
+
+
+class OwnRows:
+    """The rows of some outputs, as terms with a square root of |H|.
+
+    Args:
+        predictions: the outputs.
+        group: their |H|.
+        slopes: g of each output.
+    """
+
+    name = "a loss of its own"
+
+    def __init__(
+        self, predictions: tuple[Tensor, ...], group: Rows, slopes: Sequence[Tensor]
+    ) -> None:
+        self.predictions = predictions
+        self._group = group
+        self._slopes = slopes
+
+    def outputs(self) -> int:
+        """The columns that are not zero in every row."""
+        return len(self._columns())
+
+    def fisher_root(self, weights: Tensor) -> FisherRoot:
+        """√w |H|^½ column by column; ρ = √w (uᵀg)/√λ along each eigenvector u."""
+        group, sqrt = self._group, weights.sqrt()
+        along = group.gather(dict(zip(group.members, self._slopes, strict=True)))
+        columns, residuals = [], []
+        for k in self._columns():
+            root = group.values[:, k].sqrt()
+            columns.append(sqrt[:, None] * group.column(k))
+            residuals.append(sqrt * torch.where(root > 0, along[:, k] / root, 0.0))
+        return FisherRoot(columns, residuals, self._pull_back)
+
+    def _columns(self) -> list[int]:
+        return (self._group.values > 0).any(0).nonzero()[:, 0].tolist()
+
+    def _pull_back(self, rows: Tensor) -> list[Tensor]:
+        """`[rows, features]` to a gradient of each output."""
+        parts = rows.split(self._group.widths, 1)
+        return [part.reshape(t.shape) for part, t in zip(parts, self.predictions, strict=True)]
 
 
 class OwnPrediction(Prediction):

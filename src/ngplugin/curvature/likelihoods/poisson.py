@@ -21,6 +21,10 @@ class Poisson(Likelihood):
         """√λ v."""
         return (0.5 * self.natural).exp() * vector
 
+    def information(self, vector: Tensor) -> Tensor:
+        """λ v."""
+        return self.natural.exp() * vector
+
     def kl(self, other: Likelihood) -> Tensor:
         """λ (η - η') - λ + λ'."""
         change = other.natural - self.natural

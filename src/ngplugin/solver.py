@@ -1,0 +1,219 @@
+"""How a step's direction is found from a vector: by the blocks alone, or by all of F."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from ngplugin.curvature.blocks import BlockDamping
+from ngplugin.curvature.blocks.block import curvature_dtype
+from ngplugin.curvature.conjugate_gradients import conjugate_gradients
+from ngplugin.curvature.fisher import Fisher
+from ngplugin.curvature.matrix_free import BatchFisher
+from ngplugin.curvature.observation import Observation
+from ngplugin.curvature.parameter_vector import Parts
+
+_TOLERANCE = 1e-3  # of the residual, see `conjugate_gradients`
+
+
+class Metric(Protocol):
+    """The Fisher matrix of one step; vectors by the id of each parameter."""
+
+    def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
+        """D = (F/Σw + damping)⁻¹ v, and F/Σw d, undamped."""
+
+    def product(self, vectors: Parts) -> Parts:
+        """F/Σw v, undamped."""
+
+
+class Solver(ABC):
+    """Chooses the metric of each step.
+
+    Attributes:
+        needs_tape: whether the forward pass of every step has to be recorded.
+        averages: whether the gradient is to be averaged over steps first.
+    """
+
+    needs_tape: bool
+    averages: bool
+
+    @abstractmethod
+    def metric(
+        self,
+        fisher: Fisher,
+        taped: Sequence[Observation],
+        total_weight: float,
+        damping: BlockDamping,
+    ) -> Metric:
+        """What the step is to be measured and preconditioned with.
+
+        Args:
+            fisher: the blocks, inverted.
+            taped: what was observed of this step, as far as it can be computed again.
+            total_weight: Σw of it.
+            damping: λ and how to apply it.
+        """
+
+    @abstractmethod
+    def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """One entry a parameter."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        """Take over a saved state, of a solver of any kind."""
+
+
+class BlockSolver(Solver):
+    """The running averages, block by block."""
+
+    needs_tape = False
+    averages = True
+
+    def metric(
+        self,
+        fisher: Fisher,
+        taped: Sequence[Observation],
+        total_weight: float,
+        damping: BlockDamping,
+    ) -> Metric:
+        """The blocks themselves."""
+        return fisher
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """Nothing."""
+        return [None] * len(parameters)
+
+    def load_state_dict(self, state: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        """Nothing to take over."""
+
+
+class MatrixFreeSolver(Solver):
+    """All of the batch's F, solved by conjugate gradients that the blocks precondition.
+
+    Gradients are not averaged: one of an earlier batch has parts in which this batch has no
+    curvature, and they would be divided by λ alone. Momentum is in the start of the search, the
+    last step's direction, of which a search cut short keeps what it did not come to (Martens 2010,
+    §4.8). Where the forward pass cannot be computed again or differentiated twice, one warning says
+    so and the blocks alone decide.
+
+    Args:
+        iterations: the most of them in a step.
+
+    Attributes:
+        iterations: the same.
+        last: the direction of the last step.
+    """
+
+    needs_tape = True
+    averages = False
+
+    def __init__(self, iterations: int) -> None:
+        self.iterations = iterations
+        self.last: Parts = {}  # the direction of the last step
+        self._impossible = False
+        self._warned = False
+
+    def metric(
+        self,
+        fisher: Fisher,
+        taped: Sequence[Observation],
+        total_weight: float,
+        damping: BlockDamping,
+    ) -> Metric:
+        """The batch's F/Σw with the blocks' damping."""
+        if self._impossible:
+            return fisher
+        if not taped:
+            self._warn("on some steps the forward pass cannot be run again")
+            return fisher
+        hidden = next((o.tape.hidden_derivative for o in taped), None)
+        if hidden is not None:
+            self.give_up(hidden)
+            return fisher
+        return _MatrixFree(self, fisher, taped, total_weight, damping)
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The last step's direction."""
+        return [self.last.get(id(p)) for p in parameters]
+
+    def load_state_dict(self, state: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        """Take over a saved direction."""
+        self.last = {
+            id(p): d.to(p.device, copy=True)
+            for p, d in zip(parameters, state, strict=True)
+            if d is not None
+        }
+
+    def give_up(self, obstacle: str) -> None:
+        """Leave all further steps to the blocks."""
+        self._impossible = True
+        self._warn(obstacle)
+
+    def _warn(self, obstacle: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "ngplugin: structure='matrix-free' has to step like structure='auto', without "
+                f"products with the whole Fisher matrix: {obstacle}.",
+                stacklevel=2,
+            )
+
+
+class _MatrixFree:
+    """F/Σw of one batch, plus damping.
+
+    The damping is λ times the identity, `"relative"` in units of the mean eigenvalue of the
+    parameter's own block.
+    """
+
+    def __init__(
+        self,
+        solver: MatrixFreeSolver,
+        fisher: Fisher,
+        taped: Sequence[Observation],
+        total_weight: float,
+        damping: BlockDamping,
+    ) -> None:
+        self._solver = solver
+        self._fisher = fisher
+        self._damping = fisher.isotropic_damping(damping)
+        self._batch = BatchFisher(taped, fisher.parameters, total_weight)
+
+    def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
+        """By conjugate gradients."""
+        directions, products = self._fisher.precondition(vectors)
+        # Parameters without a block are left out, as they are there.
+        b = {key: vectors[key].to(curvature_dtype(vectors[key])) for key in directions}
+        last = self._solver.last
+        try:
+            solution = conjugate_gradients(
+                self._damped,
+                b,
+                lambda v: self._fisher.precondition(v)[0],
+                self._solver.iterations,
+                _TOLERANCE,
+                last if last.keys() == b.keys() else None,
+            )
+        except RuntimeError as error:
+            if "not implemented" not in str(error):  # of a second derivative
+                raise
+            self._solver.give_up(str(error).split(". ")[0])
+            return directions, products
+        self._solver.last = solution.x
+        undamped = {
+            key: Ad - self._damping[key] * solution.x[key] for key, Ad in solution.product.items()
+        }
+        return solution.x, undamped
+
+    def product(self, vectors: Parts) -> Parts:
+        """By two backward passes."""
+        found = self._batch.product(vectors)
+        return {key: found[key] for key in vectors if key in found}
+
+    def _damped(self, vectors: Parts) -> Parts:
+        products = self.product(vectors)
+        return {key: products[key] + self._damping[key] * v for key, v in vectors.items()}

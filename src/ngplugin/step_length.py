@@ -1,0 +1,182 @@
+"""How far a proposed step is taken: bounded in KL, measured where it can be, undone if it fails."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ngplugin.curvature.objective import ObjectiveWeight
+from ngplugin.curvature.observation import Observation
+from ngplugin.curvature.parameter_vector import dot, total
+from ngplugin.kl_measurement import KlMeasurement
+from ngplugin.solver import Metric
+from ngplugin.trust_region import StepBound
+
+_MOST_SHRINKS = 4
+
+
+@dataclass(frozen=True)
+class Move:
+    """One parameter's part of a step: θ ← θ - s · lr · direction."""
+
+    parameter: Tensor
+    gradient: Tensor
+    natural_gradient: Tensor
+    curved: Tensor | None  # F/Σw times the natural gradient, where that came with it
+    direction: Tensor  # the natural gradient, and the weight decay's part
+    lr: float
+    decay: float
+
+
+@dataclass(frozen=True)
+class Model:
+    """A full step's quadratic model and the vectors' sizes, on the host."""
+
+    q: float = 0.0  # ½ΔᵀFΔ, nats per term
+    slope: float = 0.0  # -gᵀΔ, in units of the objective
+    gg: float = 0.0  # inner products of the gradient g and the natural gradient d
+    dd: float = 0.0
+    gd: float = 0.0
+    nats: float = 1.0  # what a KL of 1 a term is in units of the objective
+
+    def finite(self) -> bool:
+        """Whether the step is made of numbers."""
+        return all(map(math.isfinite, (self.q, self.slope, self.gg, self.dd, self.gd)))
+
+    def expected(self, scale: float) -> float:
+        """How far the objective falls, for `scale` of the full step."""
+        return scale * self.slope - scale**2 * self.q * self.nats
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of a proposed step: s, and what was measured of it."""
+
+    scale: float
+    kl: float | None = None
+    reduction: float | None = None  # of the scored losses, in units of the objective
+    shrinks: int = 0
+    rejected: bool = False
+
+    def ratio(self, model: Model) -> float | None:
+        """The reduction ratio, None if it was not measured."""
+        expected = model.expected(self.scale)
+        return None if self.reduction is None or expected <= 0 else self.reduction / expected
+
+
+def model_of(moves: Sequence[Move], metric: Metric, weight: ObjectiveWeight) -> Model:
+    """The quadratic model of the step Δ = -lr · direction at full length."""
+    numbers = torch.stack(
+        [
+            # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
+            0.5 * _curvature(moves, metric) * (weight.total / weight.nats),
+            total(m.lr * dot(m.gradient, m.direction) for m in moves),
+            total(dot(m.gradient, m.gradient) for m in moves),
+            total(dot(m.natural_gradient, m.natural_gradient) for m in moves),
+            total(dot(m.gradient, m.natural_gradient) for m in moves),
+        ]
+    )
+    # The one transfer to the host.
+    q, slope, gg, dd, gd = numbers.tolist()
+    return Model(q, slope, gg, dd, gd, weight.nats)
+
+
+def _curvature(moves: Sequence[Move], metric: Metric) -> Tensor:
+    """ΔᵀFΔ/Σw of the step at full length, a scalar."""
+    delta = {id(m.parameter): m.direction * m.lr for m in moves}
+    if any(m.curved is None for m in moves) or len({m.lr for m in moves}) > 1:
+        product = metric.product(delta)
+    else:  # then F d is at hand, and F Δ differs from it by what decays
+        product = {id(m.parameter): m.curved * m.lr for m in moves if m.curved is not None}
+        if any(m.decay for m in moves):  # all of them: a weight's decay curves its bias too
+            decayed = {id(m.parameter): m.parameter * m.decay for m in moves}
+            for key, part in metric.product(decayed).items():
+                product[key] = product[key] + part
+    zero = torch.zeros((), device=moves[0].direction.device)
+    return total([zero, *(dot(delta[key], part) for key, part in product.items())])
+
+
+class StepLength:
+    """Moves parameters along a proposed step.
+
+    Args:
+        bound: on the KL of a step.
+    """
+
+    def __init__(self, bound: StepBound) -> None:
+        self._bound = bound
+        self._measurement = KlMeasurement()
+
+    def measurable(self, observations: Sequence[Observation], nats: float) -> list[Observation]:
+        """The observations to measure with, empty where the KL cannot be measured."""
+        taped = [o for o in observations if o.recorded and o.scored]
+        negligible = 1e-3 * self._bound.radius(1.0) * nats
+        return taped if taped and self._measurement.possible(taped, negligible) else []
+
+    def shrunk(
+        self,
+        moves: Sequence[Move],
+        model: Model,
+        step: int,
+        schedule: float,
+        taped: Sequence[Observation],
+    ) -> Applied:
+        """Go as far as the bound allows, which may take several measurements."""
+        scale = self._bound.scale(model.q, schedule)
+        if not taped:
+            move(moves, scale)
+            return Applied(scale)
+        before = [m.parameter.clone() for m in moves]
+        for shrinks in range(_MOST_SHRINKS + 1):
+            move(moves, scale)
+            divergence, reduction = self._measurement.measure(taped)
+            kl = divergence / model.nats
+            factor = self._bound.shrink(kl, schedule)
+            if factor is None:
+                self._bound.calibrate(step, scale**2 * model.q, kl)
+                return Applied(scale, kl, reduction, shrinks)
+            _restore(moves, before)
+            # Far out the KL saturates, and says too little of how much too long the step is.
+            tried, scale = scale, scale * factor * 0.5**shrinks
+        # Learnt from all the same, else the next step would be the same and fail again.
+        self._bound.calibrate(step, tried**2 * model.q, kl)
+        return Applied(0.0, shrinks=_MOST_SHRINKS, rejected=True)
+
+    def tried(
+        self,
+        moves: Sequence[Move],
+        model: Model,
+        schedule: float,
+        taped: Sequence[Observation],
+    ) -> Applied:
+        """Go as far as the quadratic model allows, and take it back if the model was wrong.
+
+        It was wrong if the loss did not fall or the KL is too large. Where F is exact that is for
+        want of damping, and a shorter step in the same direction would be a worse answer.
+        """
+        scale = self._bound.scale(model.q, schedule)
+        before = [m.parameter.clone() for m in moves]
+        move(moves, scale)
+        divergence, reduction = self._measurement.measure(taped)
+        applied = Applied(scale, divergence / model.nats, reduction)
+        ratio = applied.ratio(model)
+        fell = ratio is not None and ratio > 0
+        if fell and self._bound.shrink(divergence / model.nats, schedule) is None:
+            return applied
+        _restore(moves, before)
+        return Applied(0.0, shrinks=1, rejected=True)
+
+
+def move(moves: Sequence[Move], scale: float) -> None:
+    """Make `scale` of a step."""
+    for m in moves:
+        m.parameter.add_(m.direction, alpha=-m.lr * scale)
+
+
+def _restore(moves: Sequence[Move], before: Sequence[Tensor]) -> None:
+    for m, old in zip(moves, before, strict=True):
+        m.parameter.copy_(old)
