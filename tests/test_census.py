@@ -594,7 +594,7 @@ def quantile_regression():
     return model, loss
 
 
-@census(kronecker=2)
+@census(exact=2)
 def mixture_density_network_by_hand():
     x = points(64, 2)
     y = x[:, :1].sin() + 0.1 * torch.randn(64, 1)

@@ -298,7 +298,8 @@ def _agree(
     for p, part in zip(columns, found.split([p.numel() for p in columns]), strict=True):
         if id(p) in gradients:
             g = gradients[id(p)]
-            wanted = torch.zeros_like(part) if g is None else g.reshape(-1).to(part.dtype)
+            dense = torch.zeros_like(p) if g is None else g.to_dense()
+            wanted = dense.reshape(-1).to(part.dtype)
             off.append((part - wanted).norm())
             size.append(wanted.norm())
     return bool(torch.stack(off).norm() <= tolerance * torch.stack(size).norm())

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
@@ -33,21 +34,25 @@ class ScoredLoss:
 
     def kl(self, predictions: tuple[Tensor, ...]) -> Tensor:
         """Σ_i w_i KL(p_θ ‖ p_new) at unit dispersion, nats; a scalar."""
-        return (self.weights * self.likelihood.kl(self.call.likelihood(predictions))).sum()
+        return self._sum(self.likelihood.kl(self.call.likelihood(predictions)))
 
     def reduction(self, predictions: tuple[Tensor, ...]) -> Tensor:
         """Σ_i w_i (-log p_θ + log p_new)(target): how far this loss fell; a scalar."""
         new = self.call.likelihood(predictions)
         target = self.call.target
-        return (self.weights * (self.likelihood.nll(target) - new.nll(target))).sum()
+        return self._sum(self.likelihood.nll(target) - new.nll(target))
 
     def nll(self) -> Tensor:
         """Σ_i w_i KL(data ‖ p_θ) at unit dispersion, nats; a scalar."""
-        return (self.weights * self.likelihood.divergence(self.call.target)).sum()
+        return self._sum(self.likelihood.divergence(self.call.target))
 
     def dispersion(self, noise_variance: float | Literal["auto"]) -> Tensor:
         """The likelihood's dispersion, as given or estimated from these targets; a scalar."""
         return self.likelihood.dispersion(self.call.target, self.weights, noise_variance)
+
+    def _sum(self, terms: Tensor) -> Tensor:
+        """Σ_i w_i x_i; a term that does not count may be anything, such as a missing label's."""
+        return torch.where(self.weights > 0, self.weights * terms, 0.0).sum()
 
 
 @dataclass

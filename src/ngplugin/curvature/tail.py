@@ -44,6 +44,7 @@ class Tail:
         """Back from the value; returns outputs by slot, or by id where no call made them."""
         tape, outputs = self._tape, dict[Any, Tensor]()
         stops = {"layer"} if deep else {"layer", "beside"}
+        bare = tape.parameters.keys() - tape.in_layers(value) if deep else set()
         of_layers = {
             tape.alias[s] for call in tape.calls if call.entry in stops for s in call.touched
         }
@@ -66,8 +67,7 @@ class Tail:
                 needed.update(tape.alias[s] for s in slots_in((call.args, call.kwargs)))
                 for t in tensors_in([call.args, call.kwargs]):
                     unknown = t.grad_fn is not None and not tape.origin_known(t)
-                    bare = id(t) in tape.parameters and id(t) not in tape.in_layers
-                    if unknown or (deep and bare):
+                    if unknown or id(t) in bare:
                         outputs[id(t)] = t
                 continue
             needed.difference_update(tape.alias[s] for s in met)

@@ -68,7 +68,6 @@ class Tape:
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
         self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
-        self.in_layers: set[int] = set()  # ids of the parameters that enter layers
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
@@ -111,8 +110,6 @@ class Tape:
         if entry == "alone":
             origins = self._parameters_in(inputs)
             self._alone.update((slot, origins) for slot in outputs if slot is not None)
-        elif entry == "layer":
-            self.in_layers |= self._parameters_in(inputs)
         written = slots_in(outputs or recorded_args[:1])
         if torch.is_grad_enabled():
             self._ungraphed.difference_update(written)
@@ -259,6 +256,16 @@ class Tape:
         """All memory, named by its first slot, that the marked tensors depend on."""
         calls = [call for _, call in self._needed_calls([mark])]
         return {self.alias[s] for call in calls for s in call.touched}
+
+    def in_layers(self, mark: Mark) -> set[int]:
+        """The ids of the parameters that enter the layers which the marked tensors depend on."""
+        found: set[int] = set()
+        for _, call in self._needed_calls([mark]):
+            if call.entry == "layer":
+                inputs = call.args, call.kwargs
+                found.update(id(t) for t in tensors_in(inputs) if id(t) in self.parameters)
+                found.update(*(self._alone.get(slot, ()) for slot in slots_in(inputs)))
+        return found
 
     def run_again(
         self,

@@ -52,7 +52,7 @@ class Gaussian(Likelihood):
         if noise_variance != "auto":
             return self.natural.new_tensor(noise_variance)
         squared = (self.natural - target).square()
-        return (weight * squared).sum() / weight.sum()
+        return torch.where(weight > 0, weight * squared, 0.0).sum() / weight.sum()
 
 
 def read_mse_loss(
