@@ -188,7 +188,7 @@ def test_a_parameter_of_which_no_rows_are_had_has_its_usual_block_beside():
     net.forward = lambda x: head(torch.einsum("ni,io->no", x, odd).tanh())
     optimizer = train(net, randn(40, 3), randn(40, 1), structure="exact")
     assert kinds(optimizer) == {"exact", "kronecker"}
-    (row,) = [row for row in optimizer.coverage().rows if row.block == "diagonal"]
+    (row,) = [row for row in optimizer.coverage().rows if row.block == "kronecker"]
     assert "Bmm" in row.reason
 
 
