@@ -43,6 +43,7 @@ from ngplugin.curvature.likelihoods import (
     read_loss_call,
     watching_log_prob,
 )
+from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
 from ngplugin.curvature.recorded_call import tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
@@ -54,6 +55,8 @@ from ngplugin.curvature.taps import (
     read_map_call,
     read_norm_call,
 )
+
+_SAME = 1e-2  # relative difference of a value that is computed again, in any precision
 
 #: Those that watch now, the innermost last.
 ACTIVE: list[Observer] = []
@@ -235,11 +238,13 @@ class Observer(TorchFunctionMode):
         observation, place = self.observation, self.observation.tape.place(value)
         if place is None:
             return
+        with torch.no_grad(), self.paused():  # it may be written to
+            seen = widened(value.detach().clone()).reshape(())
 
         def on_gradient(gradient: Tensor) -> None:
             if not observation.claim(place):
                 return
-            tail, loss = self._own_loss(observation, place)
+            tail, loss = self._own_loss(observation, place, seen)
             if tail is not None and loss is not None:
                 self._score(observation, loss, tail.mark, gradient)
 
@@ -271,16 +276,26 @@ class Observer(TorchFunctionMode):
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
 
     def _own_loss(
-        self, observation: Observation, place: Mark
+        self, observation: Observation, place: Mark, seen: Tensor
     ) -> tuple[Tail | None, OwnLoss | None]:
-        """What an objective says of the outputs of the last layers beside recognised losses."""
+        """What an objective says of the outputs of the last layers beside recognised losses.
+
+        Args:
+            observation: of the step.
+            place: of the objective.
+            seen: its value, a scalar.
+        """
         found = None
         for deep in (False, True):
             tail = Tail(observation.tape, place, deep)
             if not tail.outputs or (found and tail.mark.tensors == found[0].mark.tensors):
                 continue
+            if any(t.is_complex() for t in tail.outputs):
+                continue
             curvature = OutputCurvature(tail, tail.outputs, self._generator)
-            found = tail, OwnLoss(tail.outputs, tail, curvature, not tail.fixed)
+            if not torch.isclose(curvature.value, seen, rtol=_SAME, equal_nan=True):
+                continue  # the calls that were seen are not all that made it
+            found = tail, OwnLoss(tail.outputs, curvature, not tail.fixed)
             if curvature.straight < 1.0:
                 break
         return found or (None, None)
