@@ -36,6 +36,7 @@ from ngplugin.curvature.recorded_call import (
     slots_in,
     tensors_in,
 )
+from ngplugin.curvature.subclasses import plain
 
 # Update running statistics among their arguments without raising those tensors' version counters.
 _WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
@@ -68,6 +69,10 @@ class Tail:
     fixed: dict[int, Tensor]
 
 
+def _same(t: Tensor) -> Tensor:
+    return t.view_as(t)
+
+
 class Tape:
     """Records calls as they happen (`run`), and runs them again (`replay`).
 
@@ -84,6 +89,8 @@ class Tape:
         self._calls: list[RecordedCall] = []
         self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
         self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
+        self._nodes: dict[tuple[Any, int], Slot | None] = {}  # of the graph -> slot; None: constant
+        self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
         self._alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
         self._alone: set[Slot] = set()  # what was computed from parameters only
@@ -97,12 +104,14 @@ class Tape:
     ) -> Any:
         """Call `function(*args, **kwargs)`, record it if a parameter's value enters it."""
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
+        self._adopt(inputs)
         if not any(id(t) in self._parameters or t in self._slots for t in inputs):
             result = function(*args, **kwargs)
             origin_known = all(map(self._origin_known, inputs))
             for tensor in tensors_in(result):
                 if origin_known and tensor.grad_fn is not None:
                     self._constants[tensor] = True
+                    self._nodes[tensor.grad_fn, tensor.output_nr] = None
                 else:  # what comes of an unknown tensor is unknown, should it ever be used
                     self._constants.pop(tensor, None)
             return result
@@ -124,6 +133,11 @@ class Tape:
         if entry != "none":
             made = zip(outputs, tensors_in(result), strict=True)
             self._made.update((slot, t) for slot, t in made if slot is not None)
+        self._nodes.update(
+            ((t.grad_fn, t.output_nr), self._slots[t])
+            for t in tensors_in(result)
+            if t.grad_fn is not None and t in self._slots
+        )
         if entry == "alone":
             self._alone.update(slot for slot in outputs if slot is not None)
         if not outputs and name != "__setitem__":
@@ -173,20 +187,35 @@ class Tape:
             return "none"  # a penalty is added to a loss
         return "layer" if any(t.dim() > 1 for t in weights) else "beside"
 
+    def plain(self, tree: Any) -> Any:
+        """A call's arguments with tensors of subclasses as plain ones, known here all the same."""
+
+        def known(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or id(leaf) in self._parameters:
+                return leaf
+            t = plain(leaf)
+            if leaf in self._slots:
+                self._slots[t] = self._slots[leaf]
+            return t
+
+        return map_tensors(known, tree)
+
     def score(self, value: Tensor) -> None:
         """Note that a value is that of a loss which is accounted for."""
         if value in self._slots:
             slot = self._slots[value]
             last = max(i for i, call in enumerate(self._calls) if slot in call.touched)
-            self._scored[last] = value.detach().clone()
+            self._scored[last] = plain(torch.clone(torch.detach(value)))
             self._alone.discard(slot)
 
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
         self._made.clear()
+        self._nodes.clear()
 
     def mark(self, tensors: Sequence[Tensor]) -> Mark:
         """Remember `tensors`, as they are now, as something a replay shall return."""
+        self._adopt(tensors)
         self._check_origin(tensors, "the loss")
         return Mark(len(self._calls), tuple(self._slot_of(t) for t in tensors))
 
@@ -213,7 +242,7 @@ class Tape:
             for slot in slots_in(mark.tensors):
                 last_use[slot] = max(mark.position, last_use.get(slot, 0))
         differentiates = any(call.function is torch.autograd.grad for _, call in calls)
-        values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        values: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         waiting = list(marks)
         results: list[tuple[Tensor, ...]] = []
         before = self._random_state()
@@ -285,11 +314,11 @@ class Tape:
                 continue
             needed.difference_update(self._alias[s] for s in met)
         mark = Mark(value.position, tuple(k if type(k) is Slot else outputs[k] for k in outputs))
-        return Tail(tuple(outputs.values()), mark, value, between[::-1], fixed)
+        return Tail(tuple(map(plain, outputs.values())), mark, value, between[::-1], fixed)
 
     def value(self, tail: Tail, outputs: Sequence[Tensor]) -> Tensor:
         """The tail's value as a function of the outputs of the last layers."""
-        values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        values: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         values.update(tail.fixed)
         others: dict[int, Tensor] = {}
         for place, tensor in zip(tail.mark.tensors, outputs, strict=True):
@@ -304,7 +333,7 @@ class Tape:
         finally:
             self._set_random_state(before)
         (place,) = tail.value.tensors
-        return values[place] if type(place) is Slot else place
+        return plain(values[place] if type(place) is Slot else place)
 
     # -- recording -------------------------------------------------------------------------
 
@@ -318,18 +347,40 @@ class Tape:
             return self._slots[tensor]  # type: ignore[no-any-return]
         slot = Slot(len(self._alias))
         base = tensor._base if tensor._is_view() else None
-        shared = self._slots.get(base) if base is not None else None
-        self._alias.append(self._alias[shared] if shared is not None else int(slot))
+        if base is None or id(base) in self._parameters:
+            base = tensor
+        # What a subclass's function makes is a view of a tensor that nobody sees.
+        self._alias.append(self._memory.setdefault(base, int(slot)))
         self._slots[tensor] = slot
         return slot
 
     def _keep_original(self, target: Tensor, name: str) -> None:
         if target in self._slots or id(target) in self._parameters:
             return
-        original = target.detach().clone()
+        original = torch.clone(torch.detach(target))
         slot = self._new_slot(target)
         if slot is not None:
             self._originals[slot] = original
+
+    def _adopt(self, tensors: Sequence[Tensor]) -> None:
+        """Know tensors that are others under a new name, which no torch function gave them.
+
+        `as_subclass` does that, and constructors of subclasses; autograd calls it an alias.
+        """
+        for t in tensors:
+            node, nr = t.grad_fn, t.output_nr
+            if node is None or self._origin_known(t):
+                continue
+            while (node, nr) not in self._nodes and node and node.name() == "AliasBackward0":
+                node, nr = node.next_functions[0]
+            of: Any = self._nodes.get((node, nr), getattr(node, "variable", None))
+            if type(of) is Slot or id(of) in self._parameters:
+                call = RecordedCall(
+                    _same, (of,), {}, (self._new_slot(t),), frozenset(), None, None, "none"
+                )
+                self._calls.append(call)
+            elif of is not None or (node, nr) in self._nodes:
+                self._constants[t] = True
 
     def _origin_known(self, t: Tensor) -> bool:
         known = t in self._slots or t in self._constants or id(t) in self._parameters
@@ -382,7 +433,7 @@ class Tape:
                 return values[leaf]
             if id(leaf) in others:
                 return others[id(leaf)]
-            return leaf.clone() if id(leaf) in call.copies else leaf
+            return torch.clone(leaf) if id(leaf) in call.copies else leaf
 
         if call.random is not None:
             self._set_random_state(call.random)
@@ -400,4 +451,5 @@ class Tape:
     @staticmethod
     def _marked(mark: Mark, values: dict[int, Tensor]) -> tuple[Tensor, ...]:
         # Cloned, since a later call may write into a prediction.
-        return tuple((values[t] if type(t) is Slot else t).detach().clone() for t in mark.tensors)
+        tensors = (values[t] if type(t) is Slot else t for t in mark.tensors)
+        return tuple(plain(torch.clone(torch.detach(t))) for t in tensors)
