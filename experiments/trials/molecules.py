@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from experiments.trials.trial import QUIET, Trial, main
 
 LIBRARY = "chemprop"
-EPOCHS = 12
+EPOCHS = 8
 
 
 def free_energies() -> DataLoader:

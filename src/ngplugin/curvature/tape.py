@@ -88,8 +88,7 @@ class Tape:
         self._device = parameters[0].device if parameters else torch.device("cpu")
         self._calls: list[RecordedCall] = []
         self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
-        self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
-        self._nodes: dict[tuple[Any, int], Slot | None] = {}  # of the graph -> slot; None: constant
+        self._nodes: dict[tuple[Any, int], Slot] = {}  # of the graph -> slot
         self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
         self._alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
@@ -106,15 +105,10 @@ class Tape:
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         self._adopt(inputs)
         if not any(id(t) in self._parameters or t in self._slots for t in inputs):
-            result = function(*args, **kwargs)
-            origin_known = all(map(self._origin_known, inputs))
-            for tensor in tensors_in(result):
-                if origin_known and tensor.grad_fn is not None:
-                    self._constants[tensor] = True
-                    self._nodes[tensor.grad_fn, tensor.output_nr] = None
-                else:  # what comes of an unknown tensor is unknown, should it ever be used
-                    self._constants.pop(tensor, None)
-            return result
+            # What data that require grad lead to, such as coordinates, is differentiated by again.
+            differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+            if not (differentiable and all(map(self._origin_known, inputs))):
+                return function(*args, **kwargs)
 
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
@@ -374,17 +368,14 @@ class Tape:
             while (node, nr) not in self._nodes and node and node.name() == "AliasBackward0":
                 node, nr = node.next_functions[0]
             of: Any = self._nodes.get((node, nr), getattr(node, "variable", None))
-            if type(of) is Slot or id(of) in self._parameters:
+            if of is not None:
                 call = RecordedCall(
                     _same, (of,), {}, (self._new_slot(t),), frozenset(), None, None, "none"
                 )
                 self._calls.append(call)
-            elif of is not None or (node, nr) in self._nodes:
-                self._constants[t] = True
 
     def _origin_known(self, t: Tensor) -> bool:
-        known = t in self._slots or t in self._constants or id(t) in self._parameters
-        return known or t.grad_fn is None
+        return t in self._slots or id(t) in self._parameters or t.grad_fn is None
 
     def _check_origin(self, tensors: Sequence[Tensor], name: str) -> None:
         for t in tensors:
