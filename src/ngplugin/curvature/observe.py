@@ -47,6 +47,7 @@ from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
 from ngplugin.curvature.recorded_call import tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
+from ngplugin.curvature.subclasses import plain
 from ngplugin.curvature.tail import Tail
 from ngplugin.curvature.tape import Mark, Tape
 from ngplugin.curvature.taps import (
@@ -139,8 +140,9 @@ class Observer(TorchFunctionMode):
             with _Again(self, examples(*args, **kwargs)):
                 return body(*args, **kwargs)
         looked_for = torch.is_grad_enabled() and not self._in_log_prob and self._kind != "ggn"
-        loss = read_loss_call(func, args, kwargs) if looked_for else None
         tape = self.observation.tape
+        read, named = tape.plain((args, kwargs)) if types else (args, kwargs)
+        loss = read_loss_call(func, read, named) if looked_for else None
         mark = tape.mark(loss.predictions) if loss is not None else None
         with self._differentiation(func is torch.autograd.grad):
             result = tape.run(func, args, kwargs)
@@ -149,15 +151,15 @@ class Observer(TorchFunctionMode):
         if loss is not None and mark is not None and result.requires_grad:
             self._watch_loss(loss, mark, result)
         elif self._backward is not None and isinstance(result, Tensor) and result.requires_grad:
-            call = read_map_call(func, args, kwargs, self._parameters)
+            call = read_map_call(func, read, named, self._parameters)
             if call is None:
                 self._note_other_use(args, kwargs, result)
             elif call.weight.requires_grad and not call.weight.is_complex():
                 if self._examples is not None and isinstance(call, MapCall):
                     call = call.with_examples_last(self._examples)
                 # The edge is taken now: an in-place activation may rewrite the output's history.
-                self.observation.maps.append((call, get_gradient_edge(result)))
-            norm = read_norm_call(func, args, kwargs)
+                self.observation.maps.append((call, get_gradient_edge(_computed(result))))
+            norm = read_norm_call(func, read, named)
             if norm and any(id(p) in self._parameters for p in (norm.weight, norm.bias)):
                 self.observation.norms.append(norm)
         return result
@@ -239,7 +241,7 @@ class Observer(TorchFunctionMode):
         if place is None:
             return
         with torch.no_grad(), self.paused():  # it may be written to
-            seen = widened(value.detach().clone()).reshape(())
+            seen = widened(plain(torch.clone(torch.detach(value)))).reshape(())
 
         def on_gradient(gradient: Tensor) -> None:
             if not observation.claim(place):
@@ -261,7 +263,7 @@ class Observer(TorchFunctionMode):
                 return
             started = time.perf_counter()
             with torch.no_grad(), self.paused():
-                act(gradient)
+                act(plain(gradient))
             observation.seconds += time.perf_counter() - started
 
         value.register_hook(hook)
@@ -307,6 +309,12 @@ class Observer(TorchFunctionMode):
             yield
         finally:
             self._differentiating = False
+
+
+def _computed(result: Tensor) -> Tensor:
+    """What a subclass's result is a view of, whose history is kept if the result is written to."""
+    base = None if type(result) is Tensor else result._base
+    return result if base is None or base.shape != result.shape else base
 
 
 def _is_scalar(result: Any) -> bool:
