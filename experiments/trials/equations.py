@@ -23,7 +23,7 @@ LIBRARY = "pina-mathlab"
 def _solve(
     problem: BaseProblem, optimizer: TorchOptimizer, epochs: int, callbacks: list[Callback]
 ) -> None:
-    """One batch of 20 x 20 points inside and 160 on the boundary an epoch, as in the project's tutorials."""
+    """An epoch is one batch: 20 x 20 points inside, 160 on the boundary."""
     problem.discretise_domain(20, "grid", domains=["D"])
     problem.discretise_domain(160, "random", domains=["boundary"])
     model = FeedForward(2, 1, layers=[20, 20], func=torch.nn.Tanh)
@@ -60,9 +60,7 @@ class Force(SpatialProblem, InverseProblem):
         boundary = Condition(domain="boundary", equation=FixedValue(0.0))
         points = torch.rand(100, 2)  # [points, xy]
         bent = -torch.sin(torch.pi * points).prod(1, keepdim=True)  # [points, 1]
-        measured = Condition(
-            input=LabelTensor(points, ["x", "y"]), target=LabelTensor(bent, ["u"])
-        )
+        measured = Condition(input=LabelTensor(points, ["x", "y"]), target=LabelTensor(bent, ["u"]))
         self._conditions = {"D": inside, "boundary": boundary, "measured": measured}
         super().__init__()
 

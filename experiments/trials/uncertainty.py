@@ -1,6 +1,6 @@
 """Torch-Uncertainty: `python -m experiments.trials.uncertainty`."""
 
-# ruff: noqa: E402, I001 -- the operators below have to be there before the other imports.
+# ruff: noqa: E402 -- the operators below have to be there before the other imports.
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ngplugin import NaturalGradientOptimizer
-from tests.oracle import double, flat, generator, randn
+from tests.oracle import double, flat, generator
 
 
 class Labelled(torch.Tensor):
