@@ -24,7 +24,7 @@ def words() -> WikiText2:
     path = Path("data/wikitext-2.txt")
     path.parent.mkdir(exist_ok=True)
     text = "\n".join(topics[name] for name in sorted(topics))
-    path.write_text(text[:60_000], encoding="utf-8")
+    path.write_text(text[:30_000], encoding="utf-8")
     return WikiText2()
 
 
@@ -41,7 +41,7 @@ def lstm(callbacks: list[Callback]) -> None:
     data = words()
     loader = DataLoader(data, batch_sampler=SequenceSampler(data, batch_size=20))
     module = LightningLSTM(data.vocab_size)
-    L.Trainer(max_steps=60, callbacks=callbacks, **QUIET).fit(module, loader)
+    L.Trainer(max_steps=30, callbacks=callbacks, **QUIET).fit(module, loader)
 
 
 def boring(callbacks: list[Callback]) -> None:

@@ -23,7 +23,7 @@ LIBRARY = "pina-mathlab"
 def _solve(
     problem: BaseProblem, optimizer: TorchOptimizer, epochs: int, callbacks: list[Callback]
 ) -> None:
-    """One batch of 20 x 20 points inside and 160 on the boundary an epoch, as in its tutorials."""
+    """An epoch is one batch: 20 x 20 points inside, 160 on the boundary."""
     problem.discretise_domain(20, "grid", domains=["D"])
     problem.discretise_domain(160, "random", domains=["boundary"])
     model = FeedForward(2, 1, layers=[20, 20], func=torch.nn.Tanh)

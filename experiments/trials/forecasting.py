@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from experiments.trials.trial import QUIET, Trial, main
 
 LIBRARY = "pytorch-forecasting"
-STEPS = 60
+STEPS = 40
 
 
 def series(**how: Any) -> TimeSeriesDataSet:

@@ -181,7 +181,7 @@ def main(trials: Sequence[Trial]) -> None:
             continue
         result = run(trial, arguments.seed)
         (RESULTS / f"{trial.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"{trial.name} ({result['library']}): {verdict(result)}")
+        print(f"{trial.name} ({result['library']}): {verdict(result)}", flush=True)
         if not trial.refused and "totals" in result:
             print(f"  {result['totals']}\n  {result['sources']}")
             for name, reason in result["without_block"].items():

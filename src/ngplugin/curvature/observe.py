@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -52,6 +52,7 @@ from ngplugin.curvature.tail import Tail
 from ngplugin.curvature.tape import Mark, Tape
 from ngplugin.curvature.taps import (
     LAYERS,
+    LookupCall,
     MapCall,
     read_map_call,
     read_norm_call,
@@ -158,7 +159,7 @@ class Observer(TorchFunctionMode):
                 if self._examples is not None and isinstance(call, MapCall):
                     call = call.with_examples_last(self._examples)
                 # The edge is taken now: an in-place activation may rewrite the output's history.
-                self.observation.maps.append((call, get_gradient_edge(_computed(result))))
+                self.observation.maps.append(_with_edge(call, result))
             norm = read_norm_call(func, read, named)
             if norm and any(id(p) in self._parameters for p in (norm.weight, norm.bias)):
                 self.observation.norms.append(norm)
@@ -311,10 +312,23 @@ class Observer(TorchFunctionMode):
             self._differentiating = False
 
 
-def _computed(result: Tensor) -> Tensor:
-    """What a subclass's result is a view of, whose history is kept if the result is written to."""
-    base = None if type(result) is Tensor else result._base
-    return result if base is None or base.shape != result.shape else base
+def _with_edge(
+    call: MapCall | LookupCall, result: Tensor
+) -> tuple[MapCall | LookupCall, GradientEdge]:
+    """A call and where its score is met; of a view, as `einsum` returns, that is its base.
+
+    What is written to a view rewrites the view's history, and takes up that of its base.
+    """
+    base = result._base
+    if base is None or base.numel() != result.numel() or not base.is_contiguous():
+        return call, get_gradient_edge(result)
+    offset = int(result.storage_offset() - base.storage_offset())
+    layout, rows = (result.shape, result.stride(), offset), call.score_rows
+
+    def score_rows(score: Tensor) -> Tensor:
+        return rows(score.contiguous().as_strided(*layout))
+
+    return replace(call, score_rows=score_rows), get_gradient_edge(base)
 
 
 def _is_scalar(result: Any) -> bool:
