@@ -16,7 +16,7 @@ BAD = {
     "damping": [-0.1, None, "0.5", True, math.nan, math.inf],
     "sampling_damping": [-0.1, None, *NOT_NUMBERS],
     "decay": [-0.1, 1.0, None, *NOT_NUMBERS],
-    "noise_variance": [0.0, -1.0, None, *NOT_NUMBERS],
+    "noise_variance": [0.0, -1.0, None, "runing", *NOT_NUMBERS],
     "damping_mode": ["relativ", None, 1],
     "fisher": ["empiric", "sample", None],
     "structure": ["kroneker", "Auto", None],
@@ -75,7 +75,8 @@ def test_a_near_miss_is_answered_with_the_nearest_choice():
 def test_boundaries_are_allowed():
     Options(momentum=0, sampling_damping=0, decay=0, burn_in=0, seed=0, damping=0, kl_radius=None)
     Options(noise_variance=1e-9, draws=1)
-    assert Options(noise_variance="auto").noise_variance == "auto"
+    for word in ("auto", "running"):
+        assert Options(noise_variance=word).noise_variance == word
 
 
 def test_wrap_refuses_what_it_cannot_wrap():

@@ -22,6 +22,7 @@ from ngplugin.curvature.observe import Observer
 from ngplugin.damping import LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
+from ngplugin.nat_worth import BatchNatWorth, NatWorth, RunningNatWorth
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
@@ -66,6 +67,11 @@ class NaturalGradientStep:
             self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
         self._length = StepLength(self._bound)
         self._check = ObjectiveCheck()
+        self._worth: NatWorth
+        if options.noise_variance == "running":
+            self._worth = RunningNatWorth(options.decay)
+        else:
+            self._worth = BatchNatWorth(options.noise_variance)
         self._momentum = GradientMomentum(options.nesterov)
         self._generator: torch.Generator | None = None
         self._weight = ObjectiveWeight(1.0, 1.0, 1.0, 0.0)  # of the last observed step
@@ -214,10 +220,10 @@ class NaturalGradientStep:
         scored = [loss for observation in observations for loss in observation.scored]
         names = (loss.call.name for loss in scored)
         self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
-        weight = ObjectiveWeight.of(scored, options.noise_variance)
+        weight = ObjectiveWeight.of(scored, self._worth.noise_variance)
         dropped = int(bool(scored) and weight is None)
         if weight is not None:
-            self._weight = weight
+            self._weight = weight = self._worth.see(weight)
             self._bound.see_loss(weight.nll)
             if self._statistics_due():
                 dropped += self.fisher.fold(weight.total, options.decay)
@@ -335,6 +341,7 @@ class NaturalGradientStep:
             "damping": (steering := self._steering()) and steering.state_dict(),
             "generator": None if self._generator is None else self._generator.get_state(),
             "weight": (weight.total, weight.nats, weight.squares, weight.nll),
+            "nat_worth": self._worth.state_dict(),
             "condition": condition and (condition.undamped, condition.damped),
             "condition_step": self._condition_step,
         }
@@ -357,6 +364,7 @@ class NaturalGradientStep:
         if state["generator"] is not None:
             self._random(parameters[0].device).set_state(state["generator"].cpu())
         self._weight = ObjectiveWeight(*state["weight"])
+        self._worth.load_state_dict(state.get("nat_worth", {}))
         self._condition = state["condition"] and Condition(*state["condition"])
         self._condition_step = int(state["condition_step"])
         return True

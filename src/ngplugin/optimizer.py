@@ -6,19 +6,20 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ngplugin.coverage import coverage_of
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
 from ngplugin.natural_step import NaturalGradientStep
-from ngplugin.options import Options, Structure, check_choice, check_number
-from ngplugin.report import Coverage, CoverageRow, StepReport
+from ngplugin.options import NoiseVariance, Options, Structure, check_choice, check_number
+from ngplugin.report import Coverage, StepReport
 from ngplugin.step_group import StepGroup
 
 _STATE_KEY = "natgrad"  # of our part of a state dict; other optimizers ignore it
@@ -99,8 +100,9 @@ class NaturalGradientOptimizer(Optimizer):
         statistics_every: steps between statistics of F; the first ten steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
         burn_in: first steps that only gather statistics and move nothing.
-        noise_variance: σ² of squared-error losses. `"auto"`: the batch's mean squared error. It
-            only decides how large a nat is.
+        noise_variance: σ² of squared-error losses. `"auto"`: the batch's mean squared error.
+            `"running"`: what a nat is worth by the batches, averaged over observed steps with
+            `decay`, for small batches whose error varies. It only decides how large a nat is.
         spectrum_every: steps between condition numbers; each costs the eigenvalues of every factor.
         seed: of the private random generator that draws scores.
 
@@ -134,7 +136,7 @@ class NaturalGradientOptimizer(Optimizer):
         statistics_every: int = 5,
         refresh_every: int = 20,
         burn_in: int = 0,
-        noise_variance: float | Literal["auto"] = "auto",
+        noise_variance: NoiseVariance = "auto",
         spectrum_every: int = 100,
         seed: int = 0,
     ) -> None:
@@ -269,27 +271,8 @@ class NaturalGradientOptimizer(Optimizer):
             names: id of a parameter to its name; otherwise names given in the parameter groups,
                 otherwise numbers.
         """
-        fisher, identity = self._engine.fisher, self.options.structure == "identity"
-        rows: list[CoverageRow] = []
-        counted = set()
-        for group in self.param_groups:
-            given = group.get("param_names", [None] * len(group["params"]))
-            for p, name in zip(group["params"], given, strict=True):
-                block = fisher.block(p)
-                kind, reason, kept = "none", fisher.reason(p), 0
-                if not p.requires_grad:
-                    reason = "frozen"
-                elif identity:
-                    kind, reason = "identity", "structure='identity'"
-                elif block is not None:
-                    kind = block.kind
-                    if self.options.fisher == "empirical" and "empirical" not in kind:
-                        kind = f"empirical {kind}"
-                    kept = 0 if id(block) in counted else block.numel()
-                    counted.add(id(block))
-                label = (names or {}).get(id(p)) or name or f"parameter {len(rows)}"
-                rows.append(CoverageRow(label, tuple(p.shape), kind, reason, kept))
-        return Coverage(rows, tuple(self._engine.losses))
+        engine = self._engine
+        return coverage_of(self.param_groups, engine.fisher, self.options, engine.losses, names)
 
     # -- saving --------------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ from ngplugin.errors import OptionError
 #: Which block a parameter gets; `"identity"` is F = I, plain gradient descent.
 Structure = Literal["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"]
 
+#: σ² of squared-error losses: given, or estimated from a batch or from a running average of them.
+NoiseVariance = float | Literal["auto", "running"]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -45,7 +48,7 @@ class Options:
     statistics_every: int = 5
     refresh_every: int = 20
     burn_in: int = 0
-    noise_variance: float | Literal["auto"] = "auto"
+    noise_variance: NoiseVariance = "auto"
     spectrum_every: int = 100
     seed: int = 0
 
@@ -61,10 +64,9 @@ class Options:
         check_choice("weight_sharing", self.weight_sharing, get_args(WeightSharing))
         check_count("max_factor", self.max_factor, low=1)
         check_number("decay", self.decay, low=0, high=1, open_high=True)
-        if self.noise_variance != "auto":
-            check_number(
-                "noise_variance", self.noise_variance, low=0, open_low=True, hint="or 'auto'"
-            )
+        if self.noise_variance not in ("auto", "running"):
+            hint = "or 'auto' or 'running'"
+            check_number("noise_variance", self.noise_variance, low=0, open_low=True, hint=hint)
         for name in ("draws", "measure_every", "statistics_every", "refresh_every"):
             check_count(name, getattr(self, name), low=1)
         check_count("spectrum_every", self.spectrum_every, low=1)

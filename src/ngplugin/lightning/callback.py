@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
@@ -14,7 +14,7 @@ from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
 from ngplugin.lightning import coverage_table, trainer_settings
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
-from ngplugin.options import Options, Structure, check_number
+from ngplugin.options import NoiseVariance, Options, Structure, check_number
 from ngplugin.report import Coverage
 
 
@@ -89,7 +89,7 @@ class NaturalGradient(Callback):
         statistics_every: int = 5,
         refresh_every: int = 20,
         burn_in: int = 0,
-        noise_variance: float | Literal["auto"] = "auto",
+        noise_variance: NoiseVariance = "auto",
         spectrum_every: int = 100,
         seed: int = 0,
     ) -> None:

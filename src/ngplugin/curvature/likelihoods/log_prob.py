@@ -12,16 +12,16 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Transform, kl_divergence
-from torch.distributions.constraints import Constraint
+from torch.distributions import Distribution, Independent, kl_divergence
 
+from ngplugin.curvature.likelihoods.distribution_parts import rebuilt, tensors_in, trees
 from ngplugin.curvature.likelihoods.distribution_root import gradient, root_of
 from ngplugin.curvature.likelihoods.likelihood import (
     FisherKind,
@@ -34,7 +34,6 @@ from ngplugin.curvature.likelihoods.loss_call import ScoredCall, last, widened
 
 _SAMPLES = 16  # for each term's KL where it has no closed form
 _SEED = 0  # of those samples: the same for every step that is tried
-_CACHE = "_cached_x_y"  # a transform's last argument and value
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class LogProbCall(ScoredCall):
     def _with(self, tensors: Any, distribution: Distribution | None = None) -> Distribution:
         """This distribution, or a part of it, with other tensors in it."""
         replaced = {id(old): new for old, new in zip(self.predictions, tensors, strict=True)}
-        copy: Distribution = _rebuilt(distribution or self.distribution, replaced, {})
+        copy: Distribution = rebuilt(distribution or self.distribution, replaced, {})
         return copy
 
 
@@ -222,7 +221,7 @@ class Scored(Prediction):
             self.distribution.event_shape,
             len(self.shape),
         )
-        device = next(_tensors(self.distribution)).device
+        device = next(tensors_in(self.distribution)).device
         more, lead = torch.Size(), torch.Size()
         if _broadcasts(batch, self.shape):
             # The argument may have more dimensions than the distribution, or longer ones.
@@ -255,7 +254,7 @@ def read_log_prob(distribution: Distribution, value: Tensor) -> LogProbCall | No
     kind = type(distribution)
     if kind.sample is Distribution.sample and kind.rsample is Distribution.rsample:
         return None
-    tensors = {id(t): t for t in _tensors(distribution) if t.requires_grad}
+    tensors = {id(t): t for t in tensors_in(distribution) if t.requires_grad}
     if not tensors:
         return None
     name = f"log_prob of {kind.__name__}"
@@ -268,7 +267,7 @@ def read_log_prob(distribution: Distribution, value: Tensor) -> LogProbCall | No
         )
         return None
     # A copy, since what the user's object works out and caches later would hide the parameters.
-    now: Distribution = _rebuilt(distribution, {}, {})
+    now: Distribution = rebuilt(distribution, {}, {})
     return LogProbCall(name, tuple(tensors.values()), value.detach(), now)
 
 
@@ -328,13 +327,13 @@ def _says_its_shape(distribution: Distribution) -> bool:
 
 def _has_moving_support(distribution: Distribution) -> bool:
     """Whether the support of a distribution, or of one that it is made of, requires grad."""
-    parts = [part for part in _trees(distribution) if isinstance(part, Distribution)]
+    parts = [part for part in trees(distribution) if isinstance(part, Distribution)]
     for part in parts:
         try:
             support = part.support
         except NotImplementedError:
             continue
-        if any(t.requires_grad for t in _tensors(support)):
+        if any(t.requires_grad for t in tensors_in(support)):
             return True
     return False
 
@@ -343,59 +342,3 @@ def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
     """Whether `shape` expands to `to`."""
     trailing = to[len(to) - len(shape) :]
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, trailing, strict=True))
-
-
-# -- looking into a distribution -------------------------------------------------------------
-
-
-def _parts(tree: Any) -> list[Any]:
-    """What a distribution or its kin or a container holds; an inverse may lead back to it."""
-    if isinstance(tree, (Distribution, Transform, Constraint)):
-        return [value for name, value in vars(tree).items() if name != _CACHE]
-    if isinstance(tree, (list, tuple)):
-        return [*tree]
-    return [*tree.values()] if isinstance(tree, Mapping) else []
-
-
-def _trees(tree: Any, seen: set[int] | None = None) -> Iterator[Any]:
-    """It and everything in it, each once."""
-    seen = set() if seen is None else seen
-    if id(tree) in seen:
-        return
-    seen.add(id(tree))
-    yield tree
-    for part in _parts(tree):
-        yield from _trees(part, seen)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors in a distribution, each once."""
-    return (part for part in _trees(tree) if isinstance(part, Tensor))
-
-
-def _rebuilt(tree: Any, replaced: Mapping[int, Tensor], copies: dict[int, Any]) -> Any:
-    """A copy with tensors replaced, what was derived from them in `__init__` included.
-
-    No `__init__` runs: its arguments are not known, and what it derived is among what is replaced.
-    """
-    if isinstance(tree, Tensor):
-        return replaced.get(id(tree), tree)
-    if id(tree) in copies:
-        return copies[id(tree)]
-    if isinstance(tree, Transform):
-        caches = getattr(tree, "_cache_size", 0) > 0
-        if not caches and not any(id(t) in replaced for t in _tensors(tree)):
-            return tree  # the same object, so that torch sees two distributions alike in it
-    if isinstance(tree, (Distribution, Transform)):
-        copy = copies[id(tree)] = object.__new__(type(tree))
-        for name, value in vars(tree).items():
-            new = (None, None) if name == _CACHE else _rebuilt(value, replaced, copies)
-            vars(copy)[name] = new
-        return copy
-    if isinstance(tree, (list, tuple)) and not hasattr(tree, "_fields"):
-        if isinstance(tree, torch.Size):
-            return tree
-        return type(tree)(_rebuilt(item, replaced, copies) for item in tree)
-    if type(tree) is dict:
-        return {key: _rebuilt(item, replaced, copies) for key, item in tree.items()}
-    return tree
