@@ -19,8 +19,8 @@ def row(result: dict[str, Any]) -> str:
     steps = len(own["losses"])
     cells = [result["library"], f"{result['trial']}: {result['task']}"]
     if natural["error"]:
-        told = natural["error"].strip().splitlines()[-1].split(".")[-1].split(":")[0]
-        cells += ["", "", f"refused: {told}" if "Unsupported" in told else told, "", "", ""]
+        told = natural["error"].strip().splitlines()[-1].split(":")[0].split(".")[-1]
+        cells += ["", "", told, "", "", ""]
         return f"| {' | '.join(cells)} |"
     ours, theirs = (smoothed(r["losses"], max(1, steps // 10)) for r in (natural, own))
     reached = next((str(i + 1) for i, loss in enumerate(ours) if loss <= theirs[-1]), "-")
