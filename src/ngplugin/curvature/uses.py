@@ -57,8 +57,7 @@ class Use:
 
     def rows(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient of the operand as left ⊗ right, row by row; the left alone without right."""
-        left, right = self.read(delta)
-        return plain(left), None if right is None else plain(right)
+        return self.read(plain(delta))
 
 
 @dataclass(frozen=True)
@@ -151,9 +150,9 @@ def _keeps_shape(node: Node, name: str) -> bool:
 def _mm(node: Node, place: int, shape: tuple[int, ...]) -> Rows:
     """X @ M: δ_r of a row gives x_r ⊗ δ_r. M @ Y: a column."""
     if place == 1:
-        x = node._saved_self
+        x = plain(node._saved_self)
         return lambda delta: (x, delta)
-    y = node._saved_mat2
+    y = plain(node._saved_mat2)
     return lambda delta: (delta.mT, y.mT)
 
 
@@ -164,9 +163,9 @@ def _addmm(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
         return _broadcast(node, shape, lambda delta: delta * beta)
     alpha = node._saved_alpha
     if place == 2:
-        x = node._saved_mat1
+        x = plain(node._saved_mat1)
         return lambda delta: (x, delta * alpha)
-    y = node._saved_mat2
+    y = plain(node._saved_mat2)
     return lambda delta: (delta.mT * alpha, y.mT)
 
 
@@ -174,7 +173,7 @@ def _mv(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
     """X @ v."""
     if place == 0:
         return None
-    x = node._saved_self
+    x = plain(node._saved_self)
     return lambda delta: (x * delta[:, None], None)
 
 
@@ -189,12 +188,12 @@ def _sub(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
 
 
 def _mul(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
-    other = node._saved_other if place == 0 else node._saved_self
+    other = plain(node._saved_other) if place == 0 else plain(node._saved_self)
     return _broadcast(node, shape, lambda delta: delta * other)
 
 
 def _div(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
-    above, below = node._saved_self, node._saved_other
+    above, below = plain(node._saved_self), plain(node._saved_other)
     if place == 0:
         return _broadcast(node, shape, lambda delta: delta / below)
     return _broadcast(node, shape, lambda delta: -delta * above / below.square())
@@ -228,7 +227,7 @@ def _layer_norm(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
     size = len(shape)
     if place == 2:
         return lambda delta: (delta.flatten(-size).flatten(0, -2), None)
-    x, mean, rstd = node._saved_input, node._saved_result1, node._saved_result2
+    x, mean, rstd = plain(node._saved_input), plain(node._saved_result1), plain(node._saved_result2)
 
     def rows(delta: Tensor) -> tuple[Tensor, None]:
         normalized = (x - mean) * rstd
@@ -244,7 +243,7 @@ def _convolution(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
     groups = node._saved_groups
     if place == 2:
         return lambda delta: (position_rows(delta, 1)[0].flatten(0, 1), None)
-    x, kernel = node._saved_input, shape[2:]
+    x, kernel = plain(node._saved_input), shape[2:]
     margins = [m for p in reversed(node._saved_padding) for m in (p, p)]
     strides, dilations = node._saved_stride, node._saved_dilation
 
@@ -261,7 +260,7 @@ def _convolution(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
 
 def _embedding(node: Node, place: int, shape: tuple[int, ...]) -> Rows | None:
     """A one-hot row ⊗ δ."""
-    indices, padding = node._saved_indices.reshape(-1), node._saved_padding_idx
+    indices, padding = plain(node._saved_indices).reshape(-1), node._saved_padding_idx
     if node._saved_scale_grad_by_freq:
         return None
 
