@@ -310,3 +310,14 @@ def test_a_rejected_step_is_learnt_from_so_that_a_later_one_is_taken(monkeypatch
         rejected.append(optimizer.report.rejected)
     assert rejected[0] == 1
     assert 0 in rejected
+
+
+def test_where_the_kl_can_never_be_measured_steps_are_much_shorter():
+    bound = TrustRegion(0.03)
+    assert bound.scale(0.03, 1.0) == 1.0
+    bound.distrust()
+    assert bound.scale(0.03, 1.0) == pytest.approx(300**-0.5)
+    measured = TrustRegion(0.03)
+    measured.calibrate(0, 0.01, 0.02)
+    measured.distrust()  # what was once measured counts for more
+    assert measured.ratio == pytest.approx(2.0)

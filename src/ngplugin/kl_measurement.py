@@ -52,8 +52,9 @@ class KlMeasurement:
                     self.obstacle = "running the recorded calls again gives another prediction"
             if self.obstacle is not None:
                 warnings.warn(
-                    "ngplugin: the KL of a step is predicted, not measured, so its bound is loose: "
-                    f"{self.obstacle}. Lower kl_radius if the run is unstable.",
+                    "ngplugin: the KL of a step is predicted, not measured, and steps are shorter for "
+                    f"it: {self.obstacle}. Lower kl_radius if the run is unstable all the same, "
+                    "raise it if it is slow.",
                     stacklevel=2,
                 )
         return self.obstacle is None

@@ -115,7 +115,10 @@ class StepLength:
         """The observations to measure with, empty where the KL cannot be measured."""
         taped = [o for o in observations if o.recorded and o.scored]
         negligible = 1e-3 * self._bound.radius(1.0) * nats
-        return taped if taped and self._measurement.possible(taped, negligible) else []
+        if not taped or self._measurement.possible(taped, negligible):
+            return taped
+        self._bound.distrust()
+        return []
 
     def shrunk(
         self,

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+_UNMEASURED = 300.0  # measured over predicted KL, where it cannot be measured
 _CAUTION = 1.25  # power of the deviance; chosen by runs of experiments/compare.py
 
 
@@ -41,6 +42,10 @@ class StepBound(ABC):
     @abstractmethod
     def calibrate(self, step: int, predicted: float, measured: float) -> None:
         """Learn from one measurement of an applied step."""
+
+    @abstractmethod
+    def distrust(self) -> None:
+        """Learn that the KL of no step can be measured."""
 
     @abstractmethod
     def measurement_due(self, step: int) -> bool:
@@ -74,6 +79,9 @@ class NoTrustRegion(StepBound):
         return None
 
     def calibrate(self, step: int, predicted: float, measured: float) -> None:
+        """Nothing to learn."""
+
+    def distrust(self) -> None:
         """Nothing to learn."""
 
     def measurement_due(self, step: int) -> bool:
@@ -187,6 +195,15 @@ class TrustRegion(StepBound):
             self._log_ratio = observed
         else:
             self._log_ratio = 0.5 * (known + observed)
+
+    def distrust(self) -> None:
+        """Count on what is usual: blocks do not see that layers and positions move together.
+
+        On deep networks measured over predicted was 30 to 1,000; where it can never be known, one
+        of the larger values is the safe one.
+        """
+        if self._log_ratio is None:
+            self._log_ratio = math.log(_UNMEASURED)
 
     def measurement_due(self, step: int) -> bool:
         """On each of the first steps, then as often as the calibration needs it."""
