@@ -1,4 +1,4 @@
-# make train | test | lint | check | clean. A fresh machine needs Python 3.10 or newer, and make.
+# make train | test | lint | check | trials | clean. A fresh machine needs Python 3.10 or newer, and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test lint check clean
+.PHONY: train test lint check trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -24,6 +24,21 @@ lint: $(INSTALLED)
 
 check:
 	.ci/run
+
+# Other people's projects, each in an environment of its own outside the repository; nothing else
+# needs them. `make trials TRIALS=molecules` for one.
+TRIALS := demos equations molecules forecasting uncertainty
+TRIALS_HOME := $(HOME)/.cache/ngplugin-trials
+
+trials:
+	for trial in $(TRIALS); do \
+		$(PYTHON) -m venv $(TRIALS_HOME)/$$trial && \
+		$(TRIALS_HOME)/$$trial/bin/python -m pip install --quiet \
+			--requirement experiments/trials/requirements/$$trial.txt && \
+		$(ONE_THREAD) PYTHONPATH=src:. $(TRIALS_HOME)/$$trial/bin/python \
+			-m experiments.trials.$$trial || exit 1; \
+	done
+	PYTHONPATH=src:. $(TRIALS_HOME)/$(firstword $(TRIALS))/bin/python -m experiments.trials.table
 
 $(INSTALLED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is Python %d.%d, but 3.10 or newer is needed; try: make PYTHON=python3.12" % sys.version_info[:2])'

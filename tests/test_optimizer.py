@@ -322,6 +322,21 @@ def test_a_wrapped_optimizer_s_schedule_shapes_step_and_radius(schedule, inner, 
             scheduler.step()
 
 
+def test_a_schedule_that_rises_above_its_initial_rate_lengthens_no_step():
+    p = nn.Parameter(randn(3))
+    base = torch.optim.SGD([p], lr=1e-4)
+    optimizer = NaturalGradientOptimizer.wrap(
+        base, structure="identity", kl_radius=None, momentum=0.0
+    )
+    factors = (1.0, 4.0, 10.0, 5.0, 1.0)  # a warm-up to ten times the rate that was given
+    scheduler = lr_scheduler.LambdaLR(base, lambda step: factors[min(step, 4)])
+    for share in (1.0, 1.0, 1.0, 0.5, 0.1):
+        before, p.grad = p.detach().clone(), torch.ones(3).double()
+        optimizer.step()
+        torch.testing.assert_close(before - p.detach(), share * p.grad)
+        scheduler.step()
+
+
 def test_without_a_scheduler_the_peak_is_the_largest_rate_seen():
     p = nn.Parameter(randn(3))
     base = torch.optim.SGD([p], lr=0.1)

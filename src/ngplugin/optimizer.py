@@ -250,14 +250,16 @@ class NaturalGradientOptimizer(Optimizer):
         )
 
     def _schedule(self, index: int, group: dict[str, Any]) -> float:
-        """The learning rate over its peak: what a scheduler says it is, else the largest seen.
+        """The learning rate over its peak: what a scheduler says it is, or the largest seen.
 
-        A warm-up starts near zero, so the first rate seen is no measure.
+        A warm-up starts near zero, so the first rate seen is no measure. Where a scheduler's
+        factors exceed one, what it calls the initial rate is none either.
         """
         self._peak_lr += [0.0] * (index + 1 - len(self._peak_lr))
         lr = float(group["lr"])
         self._peak_lr[index] = max(self._peak_lr[index], lr)
-        peak = float(group.get("max_lr", group.get("initial_lr", self._peak_lr[index])))
+        said = float(group.get("max_lr", group.get("initial_lr", 0.0)))
+        peak = max(said, self._peak_lr[index])
         return lr / peak if peak > 0 else 0.0
 
     # -- looking at it -------------------------------------------------------------------------

@@ -77,6 +77,31 @@ def test_the_fisher_does_not_depend_on_how_the_same_model_is_written(predict):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("equation", ["ni,oi->no", "...ki,koi->...ko", "ni,ohi->hno"])
+def test_a_view_that_a_map_returns_may_be_written_to(equation):
+    sizes = {"o": 3, "i": 4, "k": 1, "h": 2}
+    weight = nn.Parameter(randn(*(sizes[c] for c in equation.split("->")[0].split(",")[1])))
+    x = randn(6, 1, 4) if "k" in equation else randn(6, 4)
+
+    def average(written):
+        fisher = Fisher()
+        fisher.parameters = [weight]
+
+        def predict(x):
+            z = torch.einsum(equation, x, weight)
+            z = z.mul_(2.0) if written else 2.0 * z
+            return z.reshape(-1, 3)
+
+        with Observer([weight], fisher, False, "propagated", 1, generator()) as _:
+            z = predict(x)
+            loss = F.mse_loss(z, torch.zeros_like(z))
+        loss.backward()
+        fisher.fold(1.0, 0.0)
+        return dense_average(fisher.block(weight))
+
+    torch.testing.assert_close(average(True), average(False))
+
+
 def test_accumulated_observations_add_up():
     model, fisher = network(), Fisher()
     parameters = [*model.parameters()]

@@ -476,3 +476,45 @@ def test_training_on_a_loss_by_hand_gets_on(name):
         values.append(value.item())
     assert values[-1] < min(values[:5])
     assert max(values) <= values[0] + 0.1 * abs(values[0])
+
+
+def test_a_batch_that_is_not_finite_passes_and_training_goes_on():
+    model = network()
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    bad = X.clone()
+    bad[2, 1] = torch.nan
+    for step in range(12):
+        with optimizer.observe():
+            value = evidential(model(bad if step == 5 else X))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        assert optimizer.report.skipped == (step == 5)
+    assert value.isfinite()
+
+
+@pytest.mark.parametrize("name", ["cross entropy", "evidential", "squared error"])
+def test_outputs_in_half_precision_are_curved_in_single(name):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    values = []
+    for _ in range(15):
+        with optimizer.observe(), torch.autocast("cpu", torch.bfloat16):
+            value = LOSSES[name](model(X.float()))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values[-1] < values[0]
+    assert optimizer.coverage().losses == (OWN,)
+
+
+def test_a_value_that_cannot_be_computed_again_is_left_to_the_empirical_fisher():
+    model, fisher, target = network(), Fisher(), T.clone()
+    fisher.parameters = [*model.parameters()]
+    observer = Observer(fisher.parameters, fisher, True, "propagated", 1, generator())
+    with observer:
+        loss = (model(X) - target).square().sum()
+        target.zero_()  # the next batch comes into the same memory
+    loss.backward()
+    assert observer.observation.scored == []

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, rnn
 from torch.utils.checkpoint import checkpoint
 
+from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.observe import Observer
 from tests.oracle import double, generator, randn
 
@@ -391,3 +392,19 @@ def test_gradients_of_parameters_are_left_alone_by_a_replay():
     tape, mark, _ = record(model, predict)
     tape.replay([mark])
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("error")
+def test_coordinates_may_be_computed_before_they_enter_the_network():
+    model = double(nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)))
+    optimizer = NaturalGradientOptimizer(model.parameters(), measure_every=1)
+    x = randn(6, 3, seed=1).requires_grad_()
+    for _ in range(2):
+        with optimizer.observe():
+            scaled = (x * torch.tensor([1.0, 2.0, 3.0]).double())[:, [0, 2]]  # keeps its factors
+            (du,) = torch.autograd.grad(model(scaled).sum(), x, create_graph=True)
+            loss = F.mse_loss(du, torch.ones_like(du))
+        loss.backward()  # and lets them go
+        optimizer.step()
+        optimizer.zero_grad()
+        assert optimizer.report.kl is not None

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
@@ -43,17 +43,22 @@ from ngplugin.curvature.likelihoods import (
     read_loss_call,
     watching_log_prob,
 )
+from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
 from ngplugin.curvature.recorded_call import tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
+from ngplugin.curvature.subclasses import plain
 from ngplugin.curvature.tail import Tail
 from ngplugin.curvature.tape import Mark, Tape
 from ngplugin.curvature.taps import (
     LAYERS,
+    LookupCall,
     MapCall,
     read_map_call,
     read_norm_call,
 )
+
+_SAME = 1e-2  # relative difference of a value that is computed again, in any precision
 
 #: Those that watch now, the innermost last.
 ACTIVE: list[Observer] = []
@@ -136,8 +141,9 @@ class Observer(TorchFunctionMode):
             with _Again(self, examples(*args, **kwargs)):
                 return body(*args, **kwargs)
         looked_for = torch.is_grad_enabled() and not self._in_log_prob and self._kind != "ggn"
-        loss = read_loss_call(func, args, kwargs) if looked_for else None
         tape = self.observation.tape
+        read, named = tape.plain((args, kwargs)) if types else (args, kwargs)
+        loss = read_loss_call(func, read, named) if looked_for else None
         mark = tape.mark(loss.predictions) if loss is not None else None
         with self._differentiation(func is torch.autograd.grad):
             result = tape.run(func, args, kwargs)
@@ -146,15 +152,15 @@ class Observer(TorchFunctionMode):
         if loss is not None and mark is not None and result.requires_grad:
             self._watch_loss(loss, mark, result)
         elif self._backward is not None and isinstance(result, Tensor) and result.requires_grad:
-            call = read_map_call(func, args, kwargs, self._parameters)
+            call = read_map_call(func, read, named, self._parameters)
             if call is None:
                 self._note_other_use(args, kwargs, result)
             elif call.weight.requires_grad and not call.weight.is_complex():
                 if self._examples is not None and isinstance(call, MapCall):
                     call = call.with_examples_last(self._examples)
                 # The edge is taken now: an in-place activation may rewrite the output's history.
-                self.observation.maps.append((call, get_gradient_edge(result)))
-            norm = read_norm_call(func, args, kwargs)
+                self.observation.maps.append(_with_edge(call, result))
+            norm = read_norm_call(func, read, named)
             if norm and any(id(p) in self._parameters for p in (norm.weight, norm.bias)):
                 self.observation.norms.append(norm)
         return result
@@ -235,11 +241,13 @@ class Observer(TorchFunctionMode):
         observation, place = self.observation, self.observation.tape.place(value)
         if place is None:
             return
+        with torch.no_grad(), self.paused():  # it may be written to
+            seen = widened(plain(torch.clone(torch.detach(value)))).reshape(())
 
         def on_gradient(gradient: Tensor) -> None:
             if not observation.claim(place):
                 return
-            tail, loss = self._own_loss(observation, place)
+            tail, loss = self._own_loss(observation, place, seen)
             if tail is not None and loss is not None:
                 self._score(observation, loss, tail.mark, gradient)
 
@@ -256,7 +264,7 @@ class Observer(TorchFunctionMode):
                 return
             started = time.perf_counter()
             with torch.no_grad(), self.paused():
-                act(gradient)
+                act(plain(gradient))
             observation.seconds += time.perf_counter() - started
 
         value.register_hook(hook)
@@ -271,16 +279,26 @@ class Observer(TorchFunctionMode):
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
 
     def _own_loss(
-        self, observation: Observation, place: Mark
+        self, observation: Observation, place: Mark, seen: Tensor
     ) -> tuple[Tail | None, OwnLoss | None]:
-        """What an objective says of the outputs of the last layers beside recognised losses."""
+        """What an objective says of the outputs of the last layers beside recognised losses.
+
+        Args:
+            observation: of the step.
+            place: of the objective.
+            seen: its value, a scalar.
+        """
         found = None
         for deep in (False, True):
             tail = Tail(observation.tape, place, deep)
             if not tail.outputs or (found and tail.mark.tensors == found[0].mark.tensors):
                 continue
+            if any(t.is_complex() for t in tail.outputs):
+                continue
             curvature = OutputCurvature(tail, tail.outputs, self._generator)
-            found = tail, OwnLoss(tail.outputs, tail, curvature, not tail.fixed)
+            if not torch.isclose(curvature.value, seen, rtol=_SAME, equal_nan=True):
+                continue  # the calls that were seen are not all that made it
+            found = tail, OwnLoss(tail.outputs, curvature, not tail.fixed)
             if curvature.straight < 1.0:
                 break
         return found or (None, None)
@@ -292,6 +310,25 @@ class Observer(TorchFunctionMode):
             yield
         finally:
             self._differentiating = False
+
+
+def _with_edge(
+    call: MapCall | LookupCall, result: Tensor
+) -> tuple[MapCall | LookupCall, GradientEdge]:
+    """A call and where its score is met; of a view, as `einsum` returns, that is its base.
+
+    What is written to a view rewrites the view's history, and takes up that of its base.
+    """
+    base = result._base
+    if base is None or base.numel() != result.numel() or not base.is_contiguous():
+        return call, get_gradient_edge(result)
+    offset = int(result.storage_offset() - base.storage_offset())
+    layout, rows = (result.shape, result.stride(), offset), call.score_rows
+
+    def score_rows(score: Tensor) -> Tensor:
+        return rows(score.contiguous().as_strided(*layout))
+
+    return replace(call, score_rows=score_rows), get_gradient_edge(base)
 
 
 def _is_scalar(result: Any) -> bool:

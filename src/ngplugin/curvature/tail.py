@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ngplugin.curvature.recorded_call import RecordedCall, Slot, slots_in, tensors_in
+from ngplugin.curvature.subclasses import plain
 from ngplugin.curvature.tape import Mark, Tape
 
 
@@ -36,7 +37,7 @@ class Tail:
         self.fixed: dict[int, Tensor] = {}
         self._calls: list[RecordedCall] = []
         outputs = self._walk(value, deep)
-        self.outputs = tuple(outputs.values())
+        self.outputs = tuple(map(plain, outputs.values()))
         places = tuple(key if type(key) is Slot else t for key, t in outputs.items())
         self.mark = Mark(value.position, places)
 
@@ -81,5 +82,4 @@ class Tail:
                 values[place] = tensor
             else:
                 replaced[id(place)] = tensor
-        result: Tensor = self._tape.run_again(self._calls, values, replaced)[self._place]
-        return result
+        return plain(self._tape.run_again(self._calls, values, replaced)[self._place])

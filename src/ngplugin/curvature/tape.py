@@ -36,6 +36,7 @@ from ngplugin.curvature.recorded_call import (
     slots_in,
     tensors_in,
 )
+from ngplugin.curvature.subclasses import plain
 
 # Update running statistics among their arguments without raising those tensors' version counters.
 _WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
@@ -47,6 +48,10 @@ class Mark:
 
     position: int
     tensors: tuple[Any, ...]  # slots, or the tensors themselves where no call made them
+
+
+def _same(t: Tensor) -> Tensor:
+    return t.view_as(t)
 
 
 class Tape:
@@ -64,7 +69,8 @@ class Tape:
         self._device = parameters[0].device if parameters else torch.device("cpu")
         self.calls: list[RecordedCall] = []
         self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
-        self._constants: Any = WeakTensorKeyDictionary()  # differentiable, but of no parameter
+        self._nodes: dict[tuple[Any, int], Slot] = {}  # of the graph -> slot
+        self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
         self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
@@ -80,15 +86,12 @@ class Tape:
     ) -> Any:
         """Call `function(*args, **kwargs)`, record it if a parameter's value enters it."""
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
+        self._adopt(inputs)
         if not any(id(t) in self.parameters or t in self._slots for t in inputs):
-            result = function(*args, **kwargs)
-            origin_known = all(map(self.origin_known, inputs))
-            for tensor in tensors_in(result):
-                if origin_known and tensor.grad_fn is not None:
-                    self._constants[tensor] = True
-                else:  # what comes of an unknown tensor is unknown, should it ever be used
-                    self._constants.pop(tensor, None)
-            return result
+            # What data that require grad lead to, such as coordinates, is differentiated by again.
+            differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+            if not (differentiable and all(map(self.origin_known, inputs))):
+                return function(*args, **kwargs)
 
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
@@ -107,6 +110,11 @@ class Tape:
         if entry != "none":
             made = zip(outputs, tensors_in(result), strict=True)
             self.made.update((slot, t) for slot, t in made if slot is not None)
+        self._nodes.update(
+            ((t.grad_fn, t.output_nr), self._slots[t])
+            for t in tensors_in(result)
+            if t.grad_fn is not None and t in self._slots
+        )
         if entry == "alone":
             origins = self._parameters_in(inputs)
             self._alone.update((slot, origins) for slot in outputs if slot is not None)
@@ -169,20 +177,35 @@ class Tape:
         slots = [self._slots[t] for t in inputs if t in self._slots]
         return direct.union(*(self._alone.get(slot, ()) for slot in slots))
 
+    def plain(self, tree: Any) -> Any:
+        """A call's arguments with tensors of subclasses as plain ones, known here all the same."""
+
+        def known(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or id(leaf) in self.parameters:
+                return leaf
+            t = plain(leaf)
+            if leaf in self._slots:
+                self._slots[t] = self._slots[leaf]
+            return t
+
+        return map_tensors(known, tree)
+
     def score(self, value: Tensor) -> None:
         """Note that a value is that of a loss which is accounted for."""
         if value in self._slots:
             slot = self._slots[value]
             last = max(i for i, call in enumerate(self.calls) if slot in call.touched)
-            self.scored[last] = value.detach().clone()
+            self.scored[last] = plain(torch.clone(torch.detach(value)))
             self._alone.pop(slot, None)
 
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
         self.made.clear()
+        self._nodes.clear()
 
     def mark(self, tensors: Sequence[Tensor]) -> Mark:
         """Remember `tensors`, as they are now, as something a replay shall return."""
+        self._adopt(tensors)
         self._check_origin(tensors, "the loss")
         return Mark(len(self.calls), tuple(self._slot_of(t) for t in tensors))
 
@@ -218,7 +241,7 @@ class Tape:
         kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if leaves is not None:
             differentiates, kernels = True, sdpa_kernel(SDPBackend.MATH)
-        values: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        values: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         replaced = leaves or {}
         waiting = list(marks)
         results: list[tuple[Tensor, ...]] = []
@@ -283,7 +306,7 @@ class Tape:
         Returns:
             Their results, and the values, by slot.
         """
-        known: dict[int, Tensor] = {slot: t.clone() for slot, t in self._originals.items()}
+        known: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         known.update(values)
         before = self._random_state()
         try:
@@ -305,23 +328,42 @@ class Tape:
             return self._slots[tensor]  # type: ignore[no-any-return]
         slot = Slot(len(self.alias))
         base = tensor._base if tensor._is_view() else None
-        shared = self._slots.get(base) if base is not None else None
-        self.alias.append(self.alias[shared] if shared is not None else int(slot))
+        if base is None or id(base) in self.parameters:
+            base = tensor
+        # What a subclass's function makes is a view of a tensor that nobody sees.
+        self.alias.append(self._memory.setdefault(base, int(slot)))
         self._slots[tensor] = slot
         return slot
 
     def _keep_original(self, target: Tensor, name: str) -> None:
         if target in self._slots or id(target) in self.parameters:
             return
-        original = target.detach().clone()
+        original = torch.clone(torch.detach(target))
         slot = self._new_slot(target)
         if slot is not None:
             self._originals[slot] = original
 
+    def _adopt(self, tensors: Sequence[Tensor]) -> None:
+        """Know tensors that are others under a new name, which no torch function gave them.
+
+        `as_subclass` does that, and constructors of subclasses; autograd calls it an alias.
+        """
+        for t in tensors:
+            node, nr = t.grad_fn, t.output_nr
+            if node is None or self.origin_known(t):
+                continue
+            while (node, nr) not in self._nodes and node and node.name() == "AliasBackward0":
+                node, nr = node.next_functions[0]
+            of: Any = self._nodes.get((node, nr), getattr(node, "variable", None))
+            if of is not None:
+                call = RecordedCall(
+                    _same, (of,), {}, (self._new_slot(t),), frozenset(), None, None, True, "none"
+                )
+                self.calls.append(call)
+
     def origin_known(self, t: Tensor) -> bool:
         """Whether the tape knows how a tensor was computed, if it was at all."""
-        known = t in self._slots or t in self._constants or id(t) in self.parameters
-        return known or t.grad_fn is None
+        return t in self._slots or id(t) in self.parameters or t.grad_fn is None
 
     def _check_origin(self, tensors: Sequence[Tensor], name: str) -> None:
         for t in tensors:
@@ -370,7 +412,7 @@ class Tape:
         def value_of(leaf: Any) -> Any:
             if type(leaf) is Slot:
                 return values[leaf]
-            return leaf.clone() if id(leaf) in call.copies else replaced.get(id(leaf), leaf)
+            return torch.clone(leaf) if id(leaf) in call.copies else replaced.get(id(leaf), leaf)
 
         if call.random is not None:
             self._set_random_state(call.random)
@@ -390,6 +432,5 @@ class Tape:
         mark: Mark, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
     ) -> tuple[Tensor, ...]:
         # Cloned, since a later call may write into a prediction.
-        return tuple(
-            (values[t] if type(t) is Slot else replaced.get(id(t), t)).clone() for t in mark.tensors
-        )
+        tensors = (values[t] if type(t) is Slot else replaced.get(id(t), t) for t in mark.tensors)
+        return tuple(plain(torch.clone(t)) for t in tensors)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ngplugin.curvature.subclasses import plain
 from ngplugin.curvature.taps.convolutions import patch_rows, position_rows
 
 Node = Any  # torch.autograd.graph.Node, with the attributes of its kind
@@ -41,7 +42,7 @@ class Use:
     Attributes:
         parameter: it.
         node: whose output δ is taken of.
-        rows: reads the gradient of the operand off δ.
+        read: the gradient of the operand from δ.
         transposed: the operand is the parameter's transpose.
         operand: where the operand is computed, if it is neither the parameter nor its transpose.
         shape: of the operand.
@@ -49,10 +50,15 @@ class Use:
 
     parameter: Tensor
     node: Node
-    rows: Rows
+    read: Rows
     transposed: bool
     operand: GradientEdge | None
     shape: tuple[int, ...]
+
+    def rows(self, delta: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The gradient of the operand as left ⊗ right, row by row; the left alone without right."""
+        left, right = self.read(delta)
+        return plain(left), None if right is None else plain(right)
 
 
 @dataclass(frozen=True)
@@ -103,8 +109,8 @@ def find_uses(
 
 
 def _name(node: Node) -> str:
-    """`AddmmBackward0` is `Addmm`."""
-    return str(node.name()).partition("Backward")[0]
+    """`AddmmBackward0` is `Addmm`, and the backward of `TanhBackward` is `TanhBackward`."""
+    return str(node.name()).rpartition("Backward")[0]
 
 
 def _operand(node: Node, output: int) -> _Operand | None:

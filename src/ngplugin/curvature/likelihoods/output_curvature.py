@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.likelihoods.likelihood import random_signs
+from ngplugin.curvature.likelihoods.loss_call import widened
 
 Loss = Callable[[Sequence[Tensor]], Tensor]  # outputs -> a scalar
 
@@ -48,9 +49,9 @@ class Rows:
         root = self.values[:, k, None].sqrt()
         if self.vectors is not None:
             return root * self.vectors[:, :, k]
-        return root * torch.nn.functional.one_hot(
-            torch.tensor(k, device=root.device), sum(self.widths)
-        )
+        unit = root.new_zeros(sum(self.widths))
+        unit[k] = 1.0
+        return root * unit
 
     def scatter(self, rows: Tensor, into: list[Tensor]) -> None:
         """The inverse of `gather`."""
@@ -79,21 +80,24 @@ class OutputCurvature:
     would take the loss itself away, as it does from a sum of squares.
 
     Args:
-        loss: of the outputs; evaluated once, and differentiated.
-        outputs: where, detached.
+        loss: of outputs in the dtypes of these; evaluated once, and differentiated.
+        outputs: where.
         generator: of the random products.
 
     Attributes:
+        outputs: detached, in float32 or wider, as is all the rest.
         value: of the loss.
         slopes: g, one tensor an output.
         straight: the share of rows with a slope that is for the most part straight, in [0, 1].
     """
 
     def __init__(self, loss: Loss, outputs: Sequence[Tensor], generator: torch.Generator) -> None:
-        self.outputs = [t.detach() for t in outputs]
-        leaves = [t.detach().requires_grad_() for t in outputs]
+        self._loss = loss
+        self._dtypes = [t.dtype for t in outputs]
+        self.outputs = [widened(t.detach()) for t in outputs]
+        leaves = [t.detach().requires_grad_() for t in self.outputs]
         with torch.enable_grad():
-            value = loss(leaves)
+            value = self.loss(leaves)
             slopes = _derivatives([value], leaves, None, create_graph=True)
         self.value = value.detach()
         self.slopes = [g.detach() for g in slopes]
@@ -111,6 +115,11 @@ class OutputCurvature:
             sloping += int(slope.sum())
             straight += int((slope & flat).sum())
         self.straight = straight / sloping if sloping else 0.0
+
+    def loss(self, outputs: Sequence[Tensor]) -> Tensor:
+        """The loss of other outputs, in float32 or wider; a scalar."""
+        pairs = zip(outputs, self._dtypes, strict=True)
+        return widened(self._loss([t.to(dtype) for t, dtype in pairs])).reshape(())
 
     def groups(self) -> list[Rows]:
         """Outputs that share their rows, each group by itself."""
@@ -192,7 +201,7 @@ def _with_empirical(group: Rows, g: Tensor, scale: float) -> tuple[Rows, Tensor,
         g0 = torch.where(group.values > 0, 0.0, along)
         slope, rest = along.square().sum(1), g0.square().sum(1)
     # The square of what rounding leaves of a slope is no part of it.
-    straight = rest > torch.finfo(g.dtype).eps * slope
+    straight = (rest > torch.finfo(g.dtype).eps * slope) & rest.isfinite()
     values, vectors = group.values, group.vectors
     if scale > 0 and straight.any():
         kappa = straight.sum() / (2 * scale)
@@ -231,7 +240,7 @@ class _Products:
             torch.cat([probe[i].reshape(-1, w) for i, w in zip(members, widths, strict=True)], 1)
             for probe in self._probes
         ]
-        if _alike(*joined):
+        if _alike(*joined) or not all(bool(t.isfinite().all()) for t in joined):
             return joined[0].abs(), None
         rows, features = joined[0].shape
         if features <= _MOST_FEATURES and rows * features**3 <= _MOST_EIGEN:

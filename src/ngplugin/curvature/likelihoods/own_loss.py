@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -28,13 +28,11 @@ class OwnLoss(ScoredCall):
 
     Attributes:
         predictions: the outputs of the model's last layers.
-        loss: the value they lead to.
         curvature: of the loss at these outputs.
         alone: no other loss is a part of the value.
     """
 
     predictions: tuple[Tensor, ...]
-    loss: Callable[[Sequence[Tensor]], Tensor]
     curvature: OutputCurvature
     alone: bool
 
@@ -161,7 +159,7 @@ class OwnPrediction(Prediction):
 
     def nll(self, target: Tensor) -> Tensor:
         """The loss itself, `[1]`."""
-        return self.call.loss(self.outputs).detach().reshape(1)
+        return self.call.curvature.loss(self.outputs).detach().reshape(1)
 
     def divergence(self, target: Tensor) -> Tensor:
         """Half its unit, as of squared error under its own variance, `[1]`."""
