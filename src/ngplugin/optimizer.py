@@ -258,8 +258,7 @@ class NaturalGradientOptimizer(Optimizer):
         self._peak_lr += [0.0] * (index + 1 - len(self._peak_lr))
         lr = float(group["lr"])
         self._peak_lr[index] = max(self._peak_lr[index], lr)
-        said = float(group.get("max_lr", group.get("initial_lr", 0.0)))
-        peak = max(said, self._peak_lr[index])
+        peak = max(self._peak_lr[index], float(group.get("max_lr", group.get("initial_lr", 0.0))))
         return lr / peak if peak > 0 else 0.0
 
     # -- looking at it -------------------------------------------------------------------------
@@ -268,8 +267,7 @@ class NaturalGradientOptimizer(Optimizer):
         """Which block every parameter has; complete after the first step.
 
         Args:
-            names: id of a parameter to its name; otherwise names given in the parameter groups,
-                otherwise numbers.
+            names: of parameters, by id; otherwise those in the groups, otherwise numbers.
         """
         engine = self._engine
         return coverage_of(self.param_groups, engine.fisher, self.options, engine.losses, names)

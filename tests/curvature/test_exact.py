@@ -66,6 +66,20 @@ def test_several_losses_with_weights_of_their_own_share_one_matrix():
     torch.testing.assert_close(dense(block), expected, rtol=1e-10, atol=1e-13)
 
 
+def test_a_model_of_which_no_rows_are_had_has_its_usual_blocks_and_says_why():
+    net = nn.ConvTranspose1d(2, 1, 2)
+    optimizer = NaturalGradientOptimizer(net.parameters(), structure="exact")
+    for _ in range(2):
+        with optimizer.observe():
+            loss = F.mse_loss(net(torch.ones(3, 2, 2)), torch.ones(3, 1, 3))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    rows = optimizer.coverage().rows
+    assert [row.block for row in rows] == ["kronecker", "diagonal"]
+    assert all("not exact: nothing enters as known" in row.reason for row in rows)
+
+
 # -- its products --------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.observe import Observer
+from ngplugin.curvature.recorded_call import RecordedCall
 from tests.oracle import double, generator, randn
 
 X = randn(6, 4, seed=1)
@@ -255,7 +256,7 @@ def test_several_marks_are_given_back_as_they_were_when_they_were_marked():
     assert torch.equal(c, layer(2 * fresh[:, :1].expand(-1, 4)).detach())
 
 
-def test_calls_that_the_prediction_does_not_depend_on_are_not_run_again():
+def test_calls_that_the_prediction_does_not_depend_on_are_not_run_again(monkeypatch):
     layer, runs = double(nn.Linear(4, 3)), []
 
     class Counted(nn.Module):
@@ -270,8 +271,12 @@ def test_calls_that_the_prediction_does_not_depend_on_are_not_run_again():
         model(X).square().mean()
         z.exp()
     tape = observer.observation.tape
-    original = tape._rerun
-    tape._rerun = lambda call, *rest: (runs.append(call.function), original(call, *rest))
+    original = RecordedCall.run_again
+    monkeypatch.setattr(
+        RecordedCall,
+        "run_again",
+        lambda call, *rest: (runs.append(call.function), original(call, *rest)),
+    )
     tape.replay([mark])
     assert runs == [F.linear]
 
@@ -375,14 +380,14 @@ def test_a_replay_frees_each_value_after_its_last_use(monkeypatch):
     model = double(nn.Sequential(*(nn.Linear(4, 4) for _ in range(12))))
     tape, mark, _ = record(model, lambda: model(X))
     most = 0
-    original = tape._rerun
+    original = RecordedCall.run_again
 
-    def counted(call, values, replaced):
+    def counted(call, device, values, replaced):
         nonlocal most
-        original(call, values, replaced)
+        original(call, device, values, replaced)
         most = max(most, len(values))
 
-    monkeypatch.setattr(tape, "_rerun", counted)
+    monkeypatch.setattr(RecordedCall, "run_again", counted)
     tape.replay([mark])
     assert most <= 2
 

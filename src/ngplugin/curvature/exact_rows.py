@@ -134,6 +134,8 @@ class ExactRows:
                 self.reasons[id(p)] = (
                     f"enters through {jacobian.unknown[id(p)]}, of which no rows are had"
                 )
+        if not jacobian.reached:
+            return None  # no row of this loss is had, which says nothing about the others
         self._reached |= {id(p) for p in jacobian.reached}
         dtype = torch.promote_types(first.dtype, torch.float32)
         if first.device.type != "mps":  # small damping asks for all digits, where there are such
@@ -186,7 +188,11 @@ class ExactRows:
         A block that was decided on before stays.
         """
         self._steps += 1
-        if self.block is not None or self.refused is not None or not self._pending:
+        if self.block is not None or self.refused is not None:
+            return None
+        if not self._pending:
+            if self.reasons:
+                self.refuse("nothing enters as known")
             return None
         pending, self._pending = self._pending, []
         kept = [p for p in self._parameters if id(p) in self._reached - set(self.reasons)]

@@ -12,7 +12,8 @@ from torch.autograd.graph import GradientEdge
 
 from ngplugin.curvature.likelihoods import Prediction, ScoredCall
 from ngplugin.curvature.likelihoods.loss_calls import RECOGNISED
-from ngplugin.curvature.tape import Mark, Tape
+from ngplugin.curvature.recorded_call import Mark
+from ngplugin.curvature.tape import Tape
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 

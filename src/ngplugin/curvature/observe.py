@@ -45,11 +45,11 @@ from ngplugin.curvature.likelihoods import (
 )
 from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
-from ngplugin.curvature.recorded_call import tensors_in
+from ngplugin.curvature.recorded_call import Mark, tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
 from ngplugin.curvature.subclasses import plain
 from ngplugin.curvature.tail import Tail
-from ngplugin.curvature.tape import Mark, Tape
+from ngplugin.curvature.tape import Tape
 from ngplugin.curvature.taps import (
     LAYERS,
     LookupCall,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from ngplugin.curvature.random_state import set_random_state
+from ngplugin.curvature.subclasses import plain
 
 # How parameters enter a call: none does; by themselves, as in `w * mask`; beside what was computed
 # from data; or as a layer's weight.
@@ -16,6 +20,21 @@ Entry = Literal["none", "alone", "beside", "layer"]
 
 class Slot(int):
     """Stands in a recorded call's arguments for a tensor that an earlier call made."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A prediction's place on the tape: after which call, and which tensors."""
+
+    position: int
+    tensors: tuple[Any, ...]  # slots, or the tensors themselves where no call made them
+
+    def values(
+        self, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The tensors in a replay; cloned, since a later call may write into a prediction."""
+        found = (values[t] if type(t) is Slot else replaced.get(id(t), t) for t in self.tensors)
+        return tuple(plain(torch.clone(t)) for t in found)
 
 
 @dataclass(frozen=True)
@@ -37,6 +56,35 @@ class RecordedCall:
         """What it makes or writes to; x[i] = y returns nothing, it writes into x."""
         made = [s for s in self.outputs if s is not None]
         return made or slots_in(self.args[:1])
+
+    def run_again(
+        self, device: torch.device, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
+    ) -> None:
+        """Call the function with other tensors, as the first time; leaves the random state moved.
+
+        Args:
+            device: whose random state and autocast count.
+            values: of the slots; what the call makes is put there.
+            replaced: by id, what stands for tensors that no call made.
+        """
+
+        def value_of(leaf: Any) -> Any:
+            if type(leaf) is Slot:
+                return values[leaf]
+            return torch.clone(leaf) if id(leaf) in self.copies else replaced.get(id(leaf), leaf)
+
+        if self.random is not None:
+            set_random_state(device, self.random)
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.autocast is not None:
+            autocast = torch.autocast(device.type, dtype=self.autocast)
+        with autocast:
+            result = self.function(
+                *map_tensors(value_of, self.args), **map_tensors(value_of, self.kwargs)
+            )
+        for slot, tensor in zip(self.outputs, tensors_in(result), strict=False):
+            if slot is not None:
+                values[slot] = tensor
 
 
 def map_tensors(function: Callable[[Any], Any], tree: Any) -> Any:

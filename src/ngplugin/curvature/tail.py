@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ngplugin.curvature.recorded_call import RecordedCall, Slot, slots_in, tensors_in
+from ngplugin.curvature.recorded_call import Mark, RecordedCall, Slot, slots_in, tensors_in
 from ngplugin.curvature.subclasses import plain
-from ngplugin.curvature.tape import Mark, Tape
+from ngplugin.curvature.tape import Tape
 
 
 class Tail:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +26,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ngplugin.curvature.random_state import random_state, set_random_state
 from ngplugin.curvature.recorded_call import (
     Entry,
+    Mark,
     RecordedCall,
     Slot,
     changes_first_argument,
@@ -40,14 +41,6 @@ from ngplugin.curvature.subclasses import plain
 
 # Update running statistics among their arguments without raising those tensors' version counters.
 _WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A prediction's place on the tape: after which call, and which tensors."""
-
-    position: int
-    tensors: tuple[Any, ...]  # slots, or the tensors themselves where no call made them
 
 
 def _same(t: Tensor) -> Tensor:
@@ -97,7 +90,7 @@ class Tape:
         self._check_origin(inputs, name)
         if changes_first_argument(name, kwargs) or "out" in kwargs:
             self._keep_original(next(tensors_in([kwargs.get("out"), args, kwargs])), name)
-        random = self._random_state()
+        random = random_state(self._device)
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
         recorded_args = map_tensors(self._slot_of, args)
@@ -126,7 +119,7 @@ class Tape:
         if not outputs and name != "__setitem__":
             return result  # a shape, a number: nothing to replay
         consumed = any(
-            not torch.equal(a, b) for a, b in zip(random, self._random_state(), strict=True)
+            not torch.equal(a, b) for a, b in zip(random, random_state(self._device), strict=True)
         )
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
         if name in _WRITES_UNNOTICED:
@@ -245,22 +238,22 @@ class Tape:
         replaced = leaves or {}
         waiting = list(marks)
         results: list[tuple[Tensor, ...]] = []
-        before = self._random_state()
+        before = random_state(self._device)
         try:
             with torch.set_grad_enabled(differentiates), kernels:
                 for i, call in calls:
                     while waiting and waiting[0].position <= i:
-                        results.append(self._marked(waiting.pop(0), values, replaced))
+                        results.append(waiting.pop(0).values(values, replaced))
                     # Without leaves a derivative in the forward pass sees everything.
                     graphed = call.differentiable if leaves is not None else differentiates
                     with torch.set_grad_enabled(graphed):
-                        self._rerun(call, values, replaced)
+                        call.run_again(self._device, values, replaced)
                     for slot in slots_in((call.args, call.kwargs, call.outputs)):
                         if last_use[slot] <= i:
                             values.pop(slot, None)
-                results += [self._marked(mark, values, replaced) for mark in waiting]
+                results += [mark.values(values, replaced) for mark in waiting]
         finally:
-            self._set_random_state(before)
+            set_random_state(self._device, before)
         if leaves is None:
             return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
@@ -308,12 +301,12 @@ class Tape:
         """
         known: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         known.update(values)
-        before = self._random_state()
+        before = random_state(self._device)
         try:
             for call in calls:
-                self._rerun(call, known, replaced)
+                call.run_again(self._device, known, replaced)
         finally:
-            self._set_random_state(before)
+            set_random_state(self._device, before)
         return known
 
     # -- recording -------------------------------------------------------------------------
@@ -379,17 +372,6 @@ class Tape:
                     "or a graph from before this step)"
                 )
 
-    def _random_state(self) -> tuple[Tensor, ...]:
-        cpu = torch.get_rng_state()
-        if self._device.type in ("cuda", "xpu"):
-            return cpu, getattr(torch, self._device.type).get_rng_state(self._device)
-        return (cpu,)
-
-    def _set_random_state(self, states: tuple[Tensor, ...]) -> None:
-        torch.set_rng_state(states[0])
-        if len(states) > 1:
-            getattr(torch, self._device.type).set_rng_state(states[1], self._device)
-
     # -- replaying -------------------------------------------------------------------------
 
     def _needed_calls(self, marks: Sequence[Mark]) -> list[tuple[int, RecordedCall]]:
@@ -405,32 +387,3 @@ class Tape:
                 needed.update(self.alias[s] for s in slots_in((call.args, call.kwargs)))
                 chosen.append((i, call))
         return chosen[::-1]
-
-    def _rerun(
-        self, call: RecordedCall, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
-    ) -> None:
-        def value_of(leaf: Any) -> Any:
-            if type(leaf) is Slot:
-                return values[leaf]
-            return torch.clone(leaf) if id(leaf) in call.copies else replaced.get(id(leaf), leaf)
-
-        if call.random is not None:
-            self._set_random_state(call.random)
-        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if call.autocast is not None:
-            autocast = torch.autocast(self._device.type, dtype=call.autocast)
-        with autocast:
-            result = call.function(
-                *map_tensors(value_of, call.args), **map_tensors(value_of, call.kwargs)
-            )
-        for slot, tensor in zip(call.outputs, tensors_in(result), strict=False):
-            if slot is not None:
-                values[slot] = tensor
-
-    @staticmethod
-    def _marked(
-        mark: Mark, values: dict[int, Tensor], replaced: Mapping[int, Tensor]
-    ) -> tuple[Tensor, ...]:
-        # Cloned, since a later call may write into a prediction.
-        tensors = (values[t] if type(t) is Slot else replaced.get(id(t), t) for t in mark.tensors)
-        return tuple(plain(torch.clone(t)) for t in tensors)
