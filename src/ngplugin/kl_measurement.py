@@ -52,8 +52,8 @@ class KlMeasurement:
                     self.obstacle = "running the recorded calls again gives another prediction"
             if self.obstacle is not None:
                 warnings.warn(
-                    "ngplugin: the KL of a step is predicted, not measured, and steps are shorter for "
-                    f"it: {self.obstacle}. Lower kl_radius if the run is unstable all the same, "
+                    "ngplugin: the KL of a step is predicted, not measured, and steps are shorter "
+                    f"for it: {self.obstacle}. Lower kl_radius if the run is unstable all the same, "
                     "raise it if it is slow.",
                     stacklevel=2,
                 )

@@ -323,10 +323,11 @@ def _with_edge(
     if base is None or base.numel() != result.numel() or not base.is_contiguous():
         return call, get_gradient_edge(result)
     offset = int(result.storage_offset() - base.storage_offset())
-    layout, rows = (result.shape, result.stride(), offset), call.score_rows
+    shape, strides, rows = result.shape, result.stride(), call.score_rows
 
     def score_rows(score: Tensor) -> Tensor:
-        return rows(score.contiguous().as_strided(*layout))
+        score = score.contiguous()  # it may lie in the middle of another tensor all the same
+        return rows(score.as_strided(shape, strides, int(score.storage_offset()) + offset))
 
     return replace(call, score_rows=score_rows), get_gradient_edge(base)
 
