@@ -53,8 +53,8 @@ class KlMeasurement:
             if self.obstacle is not None:
                 warnings.warn(
                     "ngplugin: the KL of a step is predicted, not measured, and steps are shorter "
-                    f"for it: {self.obstacle}. Lower kl_radius if the run is unstable all the same, "
-                    "raise it if it is slow.",
+                    f"for it: {self.obstacle}. Lower kl_radius if the run is unstable all the "
+                    "same, raise it if it is slow.",
                     stacklevel=2,
                 )
         return self.obstacle is None
