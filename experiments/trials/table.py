@@ -19,7 +19,7 @@ def row(result: dict[str, Any]) -> str:
     steps = len(own["losses"])
     cells = [result["library"], f"{result['trial']}: {result['task']}"]
     if natural["error"]:
-        told = natural["error"].strip().splitlines()[-1].split(":")[0].split(".")[-1]
+        told = natural["error"].split(":")[0]
         cells += ["", "", told, "", "", ""]
         return f"| {' | '.join(cells)} |"
     ours, theirs = (smoothed(r["losses"], max(1, steps // 10)) for r in (natural, own))

@@ -87,7 +87,7 @@ class Run:
         losses: of the training batches, in order.
         seconds: of the processor, since training started.
         warnings: each text once.
-        error: the traceback, if it ended in one.
+        error: what it ended with, if it was an exception; the traceback is printed.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -107,8 +107,9 @@ def _fit(fit: Fit, callbacks: list[Callback], seed: int) -> Run:
         warnings.simplefilter("always")
         try:
             fit([*callbacks, curve])
-        except Exception:
-            run.error = traceback.format_exc()
+        except Exception as error:
+            traceback.print_exc()
+            run.error = f"{type(error).__name__}: {error}"
     run.losses, run.seconds = curve.losses, [round(s, 4) for s in curve.seconds]
     run.warnings = list(dict.fromkeys(str(w.message) for w in caught))
     return run
@@ -151,7 +152,7 @@ def verdict(result: dict[str, Any]) -> str:
     """One line for people."""
     own, natural = result["own"], result["natural"]
     if natural["error"]:
-        return natural["error"].strip().splitlines()[-1]
+        return natural["error"].splitlines()[0]
     window = max(1, len(own["losses"]) // 10)
     ends = [smoothed(r["losses"], window)[-1] for r in (own, natural)]
     reached = smoothed(natural["losses"], window)
