@@ -110,7 +110,8 @@ def reference(family, classes):
 def test_every_presentation_of_the_same_data_makes_the_same_steps(family, reduction, classes):
     path, reports = reference(family, classes)
     assert float((path[1] - path[0]).norm()) > 1e-3
-    for copies, terms, accumulation, scale in itertools.product((1, 3), (1, 4), (1, 2), (1, 1024)):
+    how = ((1, 1024), (2, 1))
+    for copies, terms, (accumulation, scale) in itertools.product((1, 3), (1, 4), how):
         ours, ours_reports = three_steps(
             family, reduction, copies, terms, classes, accumulation, scale
         )

@@ -14,7 +14,7 @@ from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.likelihoods import read_log_prob
 from tests.oracle import assert_mean_is, generator, observe, randn
 
-N = 5_000
+N = 3_000
 
 
 class Triangle(D.Distribution):
@@ -523,7 +523,7 @@ def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
     model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, size)).double()
     optimizer = NaturalGradientOptimizer(model.parameters(), fisher=kind)
     losses, measured = [], 0
-    for _ in range(6):
+    for _ in range(4):
         with optimizer.observe():
             loss = -make(model(x)).log_prob(y).mean()
         optimizer.zero_grad()
@@ -532,5 +532,5 @@ def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
         losses.append(float(loss.detach()))
         kl = optimizer.report.kl
         measured += kl is not None and 0 < kl < 1
-    assert losses[-1] < losses[0] - 0.02
-    assert measured == 6
+    assert losses[-1] < losses[0] - 0.01
+    assert measured == 4
