@@ -1,4 +1,4 @@
-# make train | test | lint | check | trials | clean. A fresh machine needs Python 3.10 or newer, and make.
+# make train | test | lint | check | trials | clean. A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -41,7 +41,7 @@ trials:
 	PYTHONPATH=src:. $(TRIALS_HOME)/$(firstword $(TRIALS))/bin/python -m experiments.trials.table
 
 $(INSTALLED):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "$(PYTHON) is Python %d.%d, but 3.10 or newer is needed; try: make PYTHON=python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, but 3.11 or newer is needed; try: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV) || (echo "No virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 1)
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-alone.txt
