@@ -22,6 +22,9 @@ BAD = {
     "structure": ["kroneker", "Auto", None],
     "weight_sharing": ["expanded", True, None],
     "max_factor": [0, 2.5, True],
+    "step_size": ["line", None, 1],
+    "layer_balance": ["balance", None, 1],
+    "products": ["bfloat16", None, 1],
     "draws": [0, -1, 1.0, True, "1", None],
     "measure_every": [0, 2.5, True],
     "statistics_every": [0, 2.5, True],
@@ -36,6 +39,9 @@ ALLOWED = {
     "fisher": ["sampled", "propagated", "exact", "empirical", "ggn"],
     "structure": ["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"],
     "weight_sharing": ["expand", "reduce"],
+    "step_size": ["bounded", "line-search", "quadratic"],
+    "layer_balance": ["balanced", "natural", "orthogonal", "equal"],
+    "products": ["auto", "full"],
 }
 
 
@@ -72,7 +78,21 @@ def test_a_near_miss_is_answered_with_the_nearest_choice():
         Options(fisher="propagate")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step_size": "line-search", "measure_every": None}, "a line search measures every step"),
+        ({"step_size": "quadratic", "structure": "matrix-free"}, "the same quadratic model"),
+        ({"step_size": "quadratic", "structure": "identity"}, "use structure='auto'"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(options, message):
+    with pytest.raises(OptionError, match=message):
+        Options(**options)
+
+
 def test_boundaries_are_allowed():
+    Options(measure_every=None)
     Options(momentum=0, sampling_damping=0, decay=0, burn_in=0, seed=0, damping=0, kl_radius=None)
     Options(noise_variance=1e-9, draws=1)
     for word in ("auto", "running"):

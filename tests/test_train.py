@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     config = OmegaConf.load(folder / "config.yaml")
     assert config.data.seed == 0  # resolved
     rows = list(csv.DictReader((folder / "csv" / "metrics.csv").open()))
-    assert len([row for row in rows if row["natgrad/kl"]]) >= 10
+    assert len([row for row in rows if row["natgrad/kl"]]) >= 5
     (offline,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"natgrad/kl" in offline.read_bytes()
     assert list((folder / "checkpoints").glob("*.ckpt"))

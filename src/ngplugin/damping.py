@@ -87,7 +87,11 @@ class CosineDamping(_Path):
         return self.end + (self.start - self.end) * wave
 
 
-class LevenbergMarquardt:
+class AdaptiveDamping:
+    pass
+
+
+class LevenbergMarquardt(AdaptiveDamping):
     """λ that follows how well the quadratic model predicts the loss.
 
     With the reduction ratio ρ = (how far the loss fell) / (how far the model said):
@@ -125,7 +129,12 @@ class LevenbergMarquardt:
         """The damping now, whatever the step."""
         return self._value
 
-    def see(self, ratio: float) -> None:
+    def see(self, ratio, kl_ratio=None):
+        if ratio is None:
+            return
+        self._see(ratio)
+
+    def _see(self, ratio: float) -> None:
         """Take in the reduction ratio of a step."""
         if ratio > 0:
             factor = 0.5 if ratio > 0.5 else 1.0 if ratio >= 0.25 else 2.0

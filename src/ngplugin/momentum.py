@@ -11,25 +11,33 @@ class GradientMomentum:
     """m ← μ m + g, read as m, or as g + μ m (Nesterov).
 
     The average is of the gradient and not of the step, so that the step is one product with the
-    inverse and its predicted KL comes at no further cost.
+    inverse and its predicted KL comes at no further cost. What a step was proposed with counts from
+    `keep` on: a step that is refused leaves the averages as they were, bit for bit.
     """
 
     def __init__(self, nesterov: bool) -> None:
         self._nesterov = nesterov
         self._average: dict[int, Tensor] = {}  # id of a parameter -> m
+        self._proposed: dict[int, Tensor] = {}
 
-    def update(self, p: Tensor, mu: float) -> Tensor:
-        """Take in the gradient of `p`; returns what to step along, not to be changed in place."""
+    def propose(self, p: Tensor, mu: float) -> Tensor:
+        """What to step along with the gradient of `p`, not to be changed in place."""
         g = p.grad
         assert g is not None
         if mu == 0:
             return g
         m = self._average.get(id(p))
-        if m is None:
-            m = self._average[id(p)] = g.clone()
-        else:
-            m.mul_(mu).add_(g)
+        m = self._proposed[id(p)] = g.clone() if m is None else m.mul(mu).add_(g)
         return g.add(m, alpha=mu) if self._nesterov else m
+
+    def keep(self) -> None:
+        """Take what was proposed for the averages."""
+        self._average.update(self._proposed)
+        self._proposed = {}
+
+    def drop(self) -> None:
+        """Forget what was proposed."""
+        self._proposed = {}
 
     def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """M of each parameter, None where there is none yet."""

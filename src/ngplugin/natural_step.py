@@ -19,19 +19,20 @@ from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.observe import Observer
-from ngplugin.damping import LevenbergMarquardt, as_schedule, damping_at
+from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
+from ngplugin.move import Move
 from ngplugin.nat_worth import BatchNatWorth, NatWorth, RunningNatWorth
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
-from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver
+from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver, SubspaceSolver
 from ngplugin.step_group import StepGroup, make_dense
-from ngplugin.step_length import Applied, Model, Move, StepLength, model_of
+from ngplugin.step_length import Applied, Model, StepLength, model_of
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 
-_FIRST_STEPS = 10  # whose statistics are all taken and whose KL is all measured
+_FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
 _MOST_TRIALS = 8  # of one step, with more and more damping
 
 
@@ -57,12 +58,14 @@ class NaturalGradientStep:
         self.steps = 0
         self.report: StepReport | None = None
         self.losses: list[str] = []
-        self._solver: Solver = BlockSolver()
+        self._solver: Solver = BlockSolver(options.layer_balance)
         if options.structure == "matrix-free":
-            self._solver = MatrixFreeSolver(options.cg_iterations)
+            self._solver = MatrixFreeSolver(options.cg_iterations, options.layer_balance)
+        elif options.step_size == "quadratic":
+            self._solver = SubspaceSolver(options.layer_balance)
         self._damping = as_schedule(copy.deepcopy(options.damping))
         self._exact_damping = LevenbergMarquardt() if options.damping == "auto" else self._damping
-        self._bound: StepBound = NoTrustRegion()
+        self._bound: StepBound = NoTrustRegion(options.measure_every)
         if options.kl_radius is not None:
             self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
         self._length = StepLength(self._bound)
@@ -75,6 +78,7 @@ class NaturalGradientStep:
         self._momentum = GradientMomentum(options.nesterov)
         self._generator: torch.Generator | None = None
         self._weight = ObjectiveWeight(1.0, 1.0, 1.0, 0.0)  # of the last observed step
+        self._refreshed_damping = math.nan  # λ of the blocks as they are
         self._condition: Condition | None = None
         self._condition_step = -1
         self._observer: Observer | None = None  # while a training step is being watched
@@ -128,15 +132,15 @@ class NaturalGradientStep:
         return usual or self._exact_block() is not None
 
     def _exact_block(self) -> ExactBlock | None:
-        return None if self.fisher.exact is None else self.fisher.exact.block
+        return self.fisher.exact_block
 
-    def _steering(self) -> LevenbergMarquardt | None:
-        """The damping that learns from reduction ratios, if any does."""
+    def _steering(self) -> AdaptiveDamping | None:
+        """The damping that learns from what is measured, if any does."""
         both = (self._exact_damping, self._damping)
-        return next((d for d in both if isinstance(d, LevenbergMarquardt)), None)
+        return next((d for d in both if isinstance(d, AdaptiveDamping)), None)
 
-    def _steers_damping(self) -> LevenbergMarquardt | None:
-        """What wants the reduction ratio of this step."""
+    def _steers_damping(self) -> AdaptiveDamping | None:
+        """What wants to know what is measured of this step."""
         steering, chosen = self._steering(), self.fisher.exact
         exact = chosen is not None and chosen.refused is None
         return steering if exact or steering is self._damping else None
@@ -169,7 +173,7 @@ class NaturalGradientStep:
         make_dense(groups)
         with watching:
             damping = damping_at(self._damping, self.steps)
-            rule = BlockDamping(damping, self.options.damping_mode, self.options.sampling_damping)
+            rule = self._rule(damping)
             dropped, failed = self._update_curvature(groups, observations, rule)
             schedule = max((group.schedule for group in groups), default=1.0)
             finite = _gradients_are_finite(groups)
@@ -240,6 +244,11 @@ class NaturalGradientStep:
             raise StepOrderError(why_no_fisher(observations))
         due = refresh_due(self.steps, options.refresh_every)
         failed = self.fisher.refresh(rule, only_new=not due)
+        if not due and rule.value != self._refreshed_damping:
+            getattr(self.fisher, "redamp", len.__class__)(rule) if hasattr(
+                self.fisher, "redamp"
+            ) else None
+        self._refreshed_damping = rule.value
         failed += self.fisher.refresh_every_step(self._exact_rule())
         last = self._condition_step
         if due and (last < 0 or self.steps - last >= options.spectrum_every):
@@ -251,6 +260,12 @@ class NaturalGradientStep:
 
     def _exact_rule(self) -> BlockDamping:
         return BlockDamping(self._exact_value(), self.options.damping_mode)
+
+    def _rule(self, damping: float) -> BlockDamping:
+        options = self.options
+        return BlockDamping(
+            damping, options.damping_mode, options.sampling_damping, products=options.products
+        )
 
     def _fold_empirical(self, groups: Sequence[StepGroup], weight: ObjectiveWeight) -> None:
         """Give parameters that only an unrecognised loss trains the empirical Fisher.
@@ -270,25 +285,45 @@ class NaturalGradientStep:
     ) -> tuple[Model, Applied]:
         """Propose a step and take it; with an exact block until one succeeds."""
         averaged = self._averaged(groups)
-        steering = self._steers_damping()
+        steering, block = self._steers_damping(), self._exact_block()
         taped = self._length.measurable(observations, self._weight.nats)
+        retries = block is not None and steering is not None and bool(taped)
         metric = self._solver.metric(self.fisher, taped, self._weight.total, rule)
-        for _ in range(_MOST_TRIALS):
+        applied = Applied(0.0)
+        for trial in range(_MOST_TRIALS if retries else 1):
+            if block is not None:
+                block.momentum = max(g.momentum for g in groups) if retries and not trial else 0.0
             moves = self._propose(groups, averaged, metric)
             model = model_of(moves, metric, self._weight) if moves else Model()
             if not (moves and self.steps >= self.options.burn_in and model.finite()):
-                return model, Applied(0.0)
-            if self._exact_block() is None or steering is None or not taped:
-                applied = self._length.shrunk(moves, model, self.steps, schedule, taped)
-            else:
-                applied = self._length.tried(moves, model, schedule, taped)
-            ratio = applied.ratio(model)
-            if steering is not None and (ratio is not None or applied.rejected):
-                steering.see(-1.0 if ratio is None else ratio)
-            if not applied.rejected or steering is None or self._exact_block() is None:
                 break
-            self.fisher.refresh_every_step(self._exact_rule())
+            if retries:
+                assert block is not None
+                applied, moves = self._length.tried(moves, model, schedule, taped, block)
+            elif self.options.step_size == "line-search":
+                applied = self._length.searched(moves, model, self.steps, schedule, taped)
+            else:
+                applied = self._length.shrunk(moves, model, self.steps, schedule, taped)
+            if steering is not None:
+                failed = applied.rejected and retries
+                steering.see(-1.0 if failed else applied.ratio(model), applied.kl_ratio(model))
+            if not applied.rejected:
+                self._remember(block, moves, applied.scale)
+                break
+            if retries:
+                self.fisher.refresh_every_step(self._exact_rule())
+        if applied.rejected or not model.finite():
+            self._momentum.drop()
+        else:
+            self._momentum.keep()
         return model, applied
+
+    def _remember(self, block: ExactBlock | None, moves: Sequence[Move], scale: float) -> None:
+        """Have what carries steps on know the one that was made."""
+        directions = {id(m.parameter): m.direction * scale for m in moves}
+        self._solver.remember(directions)
+        if block is not None and all(id(p) in directions for p in block.parameters):
+            block.remember([directions[id(p)] for p in block.parameters])
 
     def _averaged(self, groups: Sequence[StepGroup]) -> dict[int, Tensor]:
         """What to precondition, by the id of each parameter."""
@@ -302,7 +337,7 @@ class NaturalGradientStep:
                     averaged[id(p)] = p.grad  # the batch's own, as the rows are
                 else:
                     momentum = group.momentum if self._solver.averages else 0.0
-                    averaged[id(p)] = self._momentum.update(p, momentum)
+                    averaged[id(p)] = self._momentum.propose(p, momentum)
         return averaged
 
     def _propose(
@@ -311,7 +346,7 @@ class NaturalGradientStep:
         """The step before its length is decided; empty if there is no gradient."""
         natural, curved = averaged, dict[int, Tensor]()
         if self.options.structure != "identity":
-            natural, curved = metric.precondition(averaged)
+            natural, curved = self._solver.direction(metric, averaged)
             for vector in (*natural.values(), *curved.values()):
                 # F is kept per Σw, the gradient is that of the whole objective.
                 vector.div_(self._weight.total)

@@ -15,10 +15,12 @@ from torch.optim import Optimizer
 from ngplugin.coverage import coverage_of
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
+from ngplugin.curvature.products import Products
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
+from ngplugin.layer_balance import LayerBalance
 from ngplugin.natural_step import NaturalGradientStep
-from ngplugin.options import NoiseVariance, Options, Structure, check_choice, check_number
+from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_choice, check_number
 from ngplugin.report import Coverage, StepReport
 from ngplugin.step_group import StepGroup
 
@@ -31,7 +33,7 @@ class NaturalGradientOptimizer(Optimizer):
     A step is
 
         m ← μ m + g,   d = (F + damping)⁻¹ m,   Δ = -lr (d + weight_decay θ),
-        θ ← θ + s Δ,   s = min(1, √(radius / KL(p_θ ‖ p_θ+Δ)))
+        θ ← θ + s Δ,   s = min(1, √(⅔ radius / KL(p_θ ‖ p_θ+Δ)))
 
     with F a running average of the Fisher information of the model's own predictive distribution.
     It is seen by observing the forward pass:
@@ -56,11 +58,24 @@ class NaturalGradientOptimizer(Optimizer):
         momentum: μ of the gradient's average, in [0, 1), in the convention of `torch.optim.SGD`.
         nesterov: use g + μ m in place of m.
         weight_decay: decoupled, per unit of lr.
-        kl_radius: bound on the KL of a step, nats per term; None for no bound. A term is one
-            element of the loss as `reduction="none"` would give it. Where the prediction is
-            nearer to the data than half a nat, the bound falls with it; see `TrustRegion`.
+        kl_radius: bound on the KL of a step, nats per term, that no measured step exceeds; None for
+            no bound. A term is one element of the loss as `reduction="none"` would give it. Steps
+            are meant to use two thirds of it. Where the prediction is nearer to the data than half
+            a nat, the bound falls with it; see `TrustRegion`.
         measure_every: the most steps between measurements of the KL, each one more forward pass;
-            fewer where the prediction is off, and those of the first ten steps are all measured.
+            fewer where the prediction is off, and those of the first five steps are all measured.
+            1 for every step. None: no measurement, and steps that are much shorter, since the
+            prediction alone is no bound. Without a bound: every so many steps, only to be reported.
+        step_size: `"bounded"`: as long as `lr` and the bound allow. `"line-search"`: where the
+            measured loss of the batch is least along the step, within the bound, `lr` being the
+            first length that is tried; one to four forward passes a step. `"quadratic"`: α d + μ p
+            with p the last step and both numbers from the quadratic model with the whole Fisher
+            matrix of the batch, in place of `momentum`; two more products with it a step. The last
+            two are for full batches and little noise.
+        layer_balance: how the step is shared out among blocks. `"natural"`: as F says.
+            `"orthogonal"`: each matrix has a step as long as a semi-orthogonal matrix. `"balanced"`:
+            the geometric mean of the two. `"equal"`: each block has the same share of the predicted
+            KL. All keep the step's predicted KL as a whole; see `ngplugin.layer_balance`.
         damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`. `"auto"`: 0.1, and
             for exact blocks, whose smallest eigenvalues are worth having, `LevenbergMarquardt`,
             which asks for the reduction ratio of every step and takes back those that fail.
@@ -96,8 +111,11 @@ class NaturalGradientOptimizer(Optimizer):
         max_factor: a side of a matrix that is larger keeps the diagonal of its factor only.
         cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
             passes; every step starts from the last one's direction.
+        products: in what float32 gradients are multiplied by the inverses. `"auto"`: bfloat16 for
+            factors of a size of 128 or more where the hardware has products of it, `"full"`:
+            float32.
         decay: β of the running average of F, in [0, 1).
-        statistics_every: steps between statistics of F; the first ten steps give one each.
+        statistics_every: steps between statistics of F; the first five steps give one each.
         refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
         burn_in: first steps that only gather statistics and move nothing.
         noise_variance: σ² of squared-error losses. `"auto"`: the batch's mean squared error.
@@ -121,8 +139,10 @@ class NaturalGradientOptimizer(Optimizer):
         *,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        kl_radius: float | None = 0.03,
-        measure_every: int = 5,
+        kl_radius: float | None = 0.05,
+        measure_every: int | None = 5,
+        step_size: StepSize = "bounded",
+        layer_balance: LayerBalance = "balanced",
         damping: Damping = "auto",
         damping_mode: DampingMode = "relative",
         sampling_damping: float = 1.0,
@@ -132,6 +152,7 @@ class NaturalGradientOptimizer(Optimizer):
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
         cg_iterations: int = 10,
+        products: Products = "auto",
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -147,6 +168,8 @@ class NaturalGradientOptimizer(Optimizer):
             nesterov=nesterov,
             kl_radius=kl_radius,
             measure_every=measure_every,
+            step_size=step_size,
+            layer_balance=layer_balance,
             damping=damping,
             damping_mode=damping_mode,
             sampling_damping=sampling_damping,
@@ -156,6 +179,7 @@ class NaturalGradientOptimizer(Optimizer):
             weight_sharing=weight_sharing,
             max_factor=max_factor,
             cg_iterations=cg_iterations,
+            products=products,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

@@ -11,11 +11,16 @@ from typing import Literal, get_args
 from ngplugin.curvature.block_choice import BlockRule, BlockStructure
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
+from ngplugin.curvature.products import Products
 from ngplugin.damping import Damping, as_schedule
 from ngplugin.errors import OptionError
+from ngplugin.layer_balance import LayerBalance
 
 #: Which block a parameter gets; `"identity"` is F = I, plain gradient descent.
 Structure = Literal["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"]
+
+#: How long a step is; see `NaturalGradientOptimizer`.
+StepSize = Literal["bounded", "line-search", "quadratic"]
 
 #: σ² of squared-error losses: given, or estimated from a batch or from a running average of them.
 NoiseVariance = float | Literal["auto", "running"]
@@ -33,8 +38,10 @@ class Options:
 
     momentum: float = 0.9
     nesterov: bool = True
-    kl_radius: float | None = 0.03
-    measure_every: int = 5
+    kl_radius: float | None = 0.05
+    measure_every: int | None = 5
+    step_size: StepSize = "bounded"
+    layer_balance: LayerBalance = "balanced"
     damping: Damping = "auto"
     damping_mode: DampingMode = "relative"
     sampling_damping: float = 1.0
@@ -44,6 +51,7 @@ class Options:
     weight_sharing: WeightSharing = "expand"
     max_factor: int = 8192
     cg_iterations: int = 10
+    products: Products = "auto"
     decay: float = 0.95
     statistics_every: int = 5
     refresh_every: int = 20
@@ -67,12 +75,31 @@ class Options:
         if self.noise_variance not in ("auto", "running"):
             hint = "or 'auto' or 'running'"
             check_number("noise_variance", self.noise_variance, low=0, open_low=True, hint=hint)
-        for name in ("draws", "measure_every", "statistics_every", "refresh_every"):
+        check_choice("step_size", self.step_size, get_args(StepSize))
+        check_choice("layer_balance", self.layer_balance, get_args(LayerBalance))
+        check_choice("products", self.products, get_args(Products))
+        if self.measure_every is not None:
+            check_count("measure_every", self.measure_every, low=1)
+        self._check_measured()
+        for name in ("draws", "statistics_every", "refresh_every"):
             check_count(name, getattr(self, name), low=1)
         check_count("spectrum_every", self.spectrum_every, low=1)
         check_count("cg_iterations", self.cg_iterations, low=1)
         check_count("burn_in", self.burn_in, low=0)
         check_count("seed", self.seed, low=0)
+
+    def _check_measured(self) -> None:
+        """Refuse what needs measurements where there are to be none, and what has F twice."""
+        if self.step_size == "line-search" and self.measure_every is None:
+            raise OptionError(
+                "step_size='line-search' with measure_every=None: a line search measures every "
+                "step; leave measure_every at a number"
+            )
+        if self.step_size == "quadratic" and self.structure in ("matrix-free", "identity"):
+            raise OptionError(
+                f"step_size='quadratic' with structure={self.structure!r}: 'matrix-free' minimises "
+                "the same quadratic model already, and 'identity' has none; use structure='auto'"
+            )
 
     def block_rule(self) -> BlockRule:
         """How blocks are to be chosen; `"identity"` and `"matrix-free"` have some beside them."""

@@ -7,15 +7,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks import BlockDamping
+from ngplugin.curvature.blocks import BlockDamping, ExactBlock
 from ngplugin.curvature.blocks.block import curvature_dtype
 from ngplugin.curvature.conjugate_gradients import conjugate_gradients
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.matrix_free import BatchFisher
 from ngplugin.curvature.observation import Observation
-from ngplugin.curvature.parameter_vector import Parts
+from ngplugin.curvature.parameter_vector import Parts, dot, inner, total
+from ngplugin.layer_balance import LayerBalance, balance
 
 _TOLERANCE = 1e-3  # of the residual, see `conjugate_gradients`
 
@@ -33,6 +35,10 @@ class Metric(Protocol):
 class Solver(ABC):
     """Chooses the metric of each step.
 
+    Args:
+        layer_balance: what `balance` is to do where the metric is the blocks'; where one block
+            holds all parameters there is nothing to weigh.
+
     Attributes:
         needs_tape: whether the forward pass of every step has to be recorded.
         averages: whether the gradient is to be averaged over steps first.
@@ -40,6 +46,27 @@ class Solver(ABC):
 
     needs_tape: bool
     averages: bool
+
+    def __init__(self, layer_balance: LayerBalance = "natural") -> None:
+        self._layer_balance = layer_balance
+
+    def direction(self, metric: Metric, vectors: Parts) -> tuple[Parts, Parts]:
+        """D and F/Σw d of a step along `vectors`, shared out among the blocks."""
+        return (
+            self.of_blocks(metric, vectors)
+            if isinstance(metric, Fisher)
+            else metric.precondition(vectors)
+        )
+
+    def of_blocks(self, fisher: Fisher, vectors: Parts) -> tuple[Parts, Parts]:
+        """The same by the blocks alone."""
+        natural, curved = fisher.precondition(vectors)
+        if fisher.exact_block is None:
+            balance(fisher.blocks, natural, curved, self._layer_balance)
+        return natural, curved
+
+    def remember(self, directions: Parts) -> None:  # noqa: B027 (most have no use for it)
+        """Learn what step was made, as a direction."""
 
     @abstractmethod
     def metric(
@@ -102,6 +129,7 @@ class MatrixFreeSolver(Solver):
 
     Args:
         iterations: the most of them in a step.
+        layer_balance: for the blocks.
 
     Attributes:
         iterations: the same.
@@ -111,7 +139,8 @@ class MatrixFreeSolver(Solver):
     needs_tape = True
     averages = False
 
-    def __init__(self, iterations: int) -> None:
+    def __init__(self, iterations: int, layer_balance: LayerBalance = "natural") -> None:
+        super().__init__(layer_balance)
         self.iterations = iterations
         self.last: Parts = {}  # the direction of the last step
         self._impossible = False
@@ -163,6 +192,122 @@ class MatrixFreeSolver(Solver):
             )
 
 
+class SubspaceSolver(Solver):
+    """How far to go along d and along the last step, by a quadratic model with all of F.
+
+    With d = (F̂ + damping)⁻¹ g by the blocks, p the last step, and F that of the batch over all
+    parameters together, the direction is α d + μ p where
+
+        ⎡ dᵀ(F+λ)d  dᵀ(F+λ)p ⎤ ⎡ α ⎤   ⎡ gᵀd ⎤
+        ⎣ pᵀ(F+λ)d  pᵀ(F+λ)p ⎦ ⎣ μ ⎦ = ⎣ gᵀp ⎦
+
+    minimises the model. It takes the place of the averaged gradient and of a learning rate; two
+    products with F cost about four backward passes a step. For full batches and little noise. Where
+    the forward pass cannot be run again, or differentiated twice, the blocks alone decide.
+
+    Source: Martens & Grosse 2015 (arXiv:1503.05671) §6.4, §7.
+
+    Args:
+        layer_balance: for the blocks.
+
+    Attributes:
+        last: p.
+    """
+
+    needs_tape = True
+    averages = False
+
+    def __init__(self, layer_balance: LayerBalance = "natural") -> None:
+        super().__init__(layer_balance)
+        self.last: Parts = {}
+
+    def metric(
+        self,
+        fisher: Fisher,
+        taped: Sequence[Observation],
+        total_weight: float,
+        damping: BlockDamping,
+    ) -> Metric:
+        """The batch's own F where it can be had."""
+        if not taped or any(o.tape.hidden_derivative for o in taped):
+            return fisher
+        return _Subspace(self, fisher, taped, total_weight, damping)
+
+    def remember(self, directions: Parts) -> None:
+        """Take p."""
+        self.last = directions
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """The last step's direction."""
+        return [self.last.get(id(p)) for p in parameters]
+
+    def load_state_dict(self, state: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        """Take over a saved direction."""
+        self.last = {
+            id(p): d.to(p.device, copy=True)
+            for p, d in zip(parameters, state, strict=True)
+            if d is not None
+        }
+
+
+class _Subspace:
+    """F/Σw of one batch on the span of two vectors."""
+
+    def __init__(
+        self,
+        solver: SubspaceSolver,
+        fisher: Fisher,
+        taped: Sequence[Observation],
+        total_weight: float,
+        damping: BlockDamping,
+    ) -> None:
+        self._solver = solver
+        self._fisher = fisher
+        self._damping = fisher.isotropic_damping(damping)
+        self._total_weight = total_weight
+        self._batch = BatchFisher(taped, fisher.parameters, total_weight)
+
+    def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
+        """The minimiser and its product, in the scale of `Fisher.precondition`."""
+        d, last = self._fisher.precondition(vectors)[0], self._solver.last
+        # p is a direction of the objective, d one of the objective over Σw.
+        last = {key: last[key] * self._total_weight for key in d if key in last}
+        basis = [d, last] if last.keys() == d.keys() else [d]
+        try:
+            products = [self.product(v) for v in basis]
+        except RuntimeError as error:
+            if "not implemented" not in str(error):  # of a second derivative
+                raise
+            return self._solver.of_blocks(self._fisher, vectors)
+        M = [
+            inner(u, Fv) + self._damped(u, v)
+            for u in basis
+            for v, Fv in zip(basis, products, strict=True)
+        ]
+        b = [inner(u, vectors) for u in basis]
+        numbers = torch.stack([*M, *b]).double().cpu()  # two by two: nothing for a device
+        matrix, right = numbers[: len(M)].reshape(len(b), len(b)), numbers[len(M) :, None]
+        # The last step may be zero or next to parallel to d: of all solutions the shortest.
+        shares = torch.linalg.lstsq(matrix, right, driver="gelsd").solution[:, 0].tolist()
+        return _combination(shares, basis), _combination(shares, products)
+
+    def product(self, vectors: Parts) -> Parts:
+        """By two backward passes."""
+        found = self._batch.product(vectors)
+        return {key: found[key] for key in vectors if key in found}
+
+    def _damped(self, u: Parts, v: Parts) -> Tensor:
+        """UᵀΛv with each parameter's λ."""
+        return total(self._damping[key] * dot(part, v[key]) for key, part in u.items())
+
+
+def _combination(shares: Sequence[float], vectors: Sequence[Parts]) -> Parts:
+    return {
+        key: total(share * v[key] for share, v in zip(shares, vectors, strict=True))
+        for key in vectors[0]
+    }
+
+
 class _MatrixFree:
     """F/Σw of one batch, plus damping.
 
@@ -202,7 +347,7 @@ class _MatrixFree:
             if "not implemented" not in str(error):  # of a second derivative
                 raise
             self._solver.give_up(str(error).split(". ")[0])
-            return directions, products
+            return self._solver.of_blocks(self._fisher, vectors)
         self._solver.last = solution.x
         undamped = {
             key: Ad - self._damping[key] * solution.x[key] for key, Ad in solution.product.items()

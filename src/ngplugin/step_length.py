@@ -4,32 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.blocks import ExactBlock
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation
 from ngplugin.curvature.parameter_vector import dot, total
+from ngplugin.geodesic_acceleration import accelerated
 from ngplugin.kl_measurement import KlMeasurement
+from ngplugin.move import Move, move, restore
 from ngplugin.solver import Metric
 from ngplugin.trust_region import StepBound
 
 _MOST_SHRINKS = 4
-
-
-@dataclass(frozen=True)
-class Move:
-    """One parameter's part of a step: θ ← θ - s · lr · direction."""
-
-    parameter: Tensor
-    gradient: Tensor
-    natural_gradient: Tensor
-    curved: Tensor | None  # F/Σw times the natural gradient, where that came with it
-    direction: Tensor  # the natural gradient, and the weight decay's part
-    lr: float
-    decay: float
+_MOST_SEARCHED = 4  # lengths of a line search
+_FARTHEST = 4.0  # times the last length that was tried
+_NEAR = math.log(1.1)  # another length is not worth a forward pass
 
 
 @dataclass(frozen=True)
@@ -66,6 +59,11 @@ class Applied:
         """The reduction ratio, None if it was not measured."""
         expected = model.expected(self.scale)
         return None if self.reduction is None or expected <= 0 else self.reduction / expected
+
+    def kl_ratio(self, model: Model) -> float | None:
+        """Measured over predicted KL, None if it was not measured."""
+        predicted = self.scale**2 * model.q
+        return None if self.kl is None or predicted <= 0 else self.kl / predicted
 
 
 def model_of(moves: Sequence[Move], metric: Metric, weight: ObjectiveWeight) -> Model:
@@ -142,7 +140,7 @@ class StepLength:
             if factor is None:
                 self._bound.calibrate(step, scale**2 * model.q, kl)
                 return Applied(scale, kl, reduction, shrinks)
-            _restore(moves, before)
+            restore(moves, before)
             # Far out the KL saturates, and says too little of how much too long the step is.
             tried, scale = scale, scale * factor * 0.5**shrinks
         # Learnt from all the same, else the next step would be the same and fail again.
@@ -155,31 +153,79 @@ class StepLength:
         model: Model,
         schedule: float,
         taped: Sequence[Observation],
-    ) -> Applied:
+        block: ExactBlock,
+    ) -> tuple[Applied, list[Move]]:
         """Go as far as the quadratic model allows, and take it back if the model was wrong.
 
         It was wrong if the loss did not fall or the KL is too large. Where F is exact that is for
         want of damping, and a shorter step in the same direction would be a worse answer.
+
+        Args:
+            moves: the step at full length.
+            model: of it.
+            schedule: the learning rate over its peak.
+            taped: to measure with.
+            block: whose step it is; it has the second-order part.
+
+        Returns:
+            What became of it, and the moves of which that share was made.
         """
         scale = self._bound.scale(model.q, schedule)
+        bent = accelerated(moves, scale, taped, block)
         before = [m.parameter.clone() for m in moves]
-        move(moves, scale)
+        move(bent, scale)
         divergence, reduction = self._measurement.measure(taped)
         applied = Applied(scale, divergence / model.nats, reduction)
         ratio = applied.ratio(model)
         fell = ratio is not None and ratio > 0
         if fell and self._bound.shrink(divergence / model.nats, schedule) is None:
-            return applied
-        _restore(moves, before)
-        return Applied(0.0, shrinks=1, rejected=True)
+            return applied, bent
+        restore(moves, before)
+        return Applied(0.0, shrinks=1, rejected=True), bent
 
+    def searched(
+        self,
+        moves: Sequence[Move],
+        model: Model,
+        step: int,
+        schedule: float,
+        taped: Sequence[Observation],
+    ) -> Applied:
+        """Go where the measured loss is least along the step, as far as the bound allows.
 
-def move(moves: Sequence[Move], scale: float) -> None:
-    """Make `scale` of a step."""
-    for m in moves:
-        m.parameter.add_(m.direction, alpha=-m.lr * scale)
+        A parabola through the loss and its slope where the parameters are, and the loss at the last
+        length tried, has its minimum at the next length; at most four are tried, and the best one
+        whose KL is within the radius is taken. The slope is that of the scored losses alone, so
+        weight decay and penalties by hand have no say.
 
-
-def _restore(moves: Sequence[Move], before: Sequence[Tensor]) -> None:
-    for m, old in zip(moves, before, strict=True):
-        m.parameter.copy_(old)
+        Source: Nocedal & Wright 2006, Numerical Optimization, §3.5, eq. 3.57.
+        """
+        if not taped:
+            return self.shrunk(moves, model, step, schedule, taped)
+        scale = self._bound.scale(model.q, schedule)
+        before = [m.parameter.clone() for m in moves]
+        best, shrinks = Applied(0.0, rejected=True), 0
+        for _ in range(_MOST_SEARCHED):
+            move(moves, scale)
+            divergence, reduction = self._measurement.measure(taped)
+            restore(moves, before)
+            kl = divergence / model.nats
+            factor = self._bound.shrink(kl, schedule)
+            self._bound.calibrate(step, scale**2 * model.q, kl)
+            shrinks += factor is not None
+            if factor is None and reduction > (best.reduction or 0.0):
+                best = Applied(scale, kl, reduction)
+            bend = (
+                scale * model.slope - reduction
+            )  # what the parabola curves down by at this length
+            wanted = 0.5 * scale * model.slope / bend if bend > 0 else _FARTHEST
+            wanted = min(max(wanted, 1 / _FARTHEST), _FARTHEST)
+            if factor is not None:
+                wanted = min(wanted, factor)
+            elif kl > 0:
+                wanted = min(wanted, self._bound.room(kl, schedule))
+            if not math.isfinite(wanted) or abs(math.log(wanted)) < _NEAR:
+                break
+            scale *= wanted
+        move(moves, best.scale)
+        return replace(best, shrinks=shrinks)

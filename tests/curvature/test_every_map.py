@@ -315,7 +315,7 @@ def test_the_exact_block_is_the_fisher_with_all_between_its_parameters(name):
     held = tuple(i for i, p in enumerate(seen.parameters) if exact.holds(p))
     assert held == (tuple(range(len(seen.parameters))) if case.exact is None else case.exact)
     if held:
-        rows = torch.cat(exact.block._rows) / exact.block._total**0.5
+        rows = torch.cat(exact.block._rows) / exact.block.total_weight**0.5
         assert_same(rows.T @ rows, seen.part(exact.block.parameters))
 
 

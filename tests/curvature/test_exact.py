@@ -33,7 +33,7 @@ def exact_fisher(parameters, objective):
 
 def dense(block):
     rows = torch.cat(block._rows)
-    return rows.T @ rows / block._total
+    return rows.T @ rows / block.total_weight
 
 
 # -- its F ---------------------------------------------------------------------------------------

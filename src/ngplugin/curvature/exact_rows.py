@@ -253,6 +253,47 @@ class ExactRows:
         self.block = next((b for b in blocks if isinstance(b, ExactBlock)), None)
 
 
+def root_products(
+    loss: ScoredCall,
+    weights: Tensor,
+    tangents: Sequence[Tensor],
+    before: list[Tensor] | None,
+) -> list[Tensor] | None:
+    """Bᵀ t with B = √(w H), in the order in which `ExactRows.collect` takes the rows BᵀJ.
+
+    Args:
+        loss: detached.
+        weights: w of its terms, `[terms]`.
+        tangents: t, a derivative of each prediction, of its shape.
+        before: the products of the losses before it, to be added to; None if some were not to be
+            had.
+
+    Returns:
+        One tensor `[examples]` for each column of B and each term of an example; None if no root is
+        known, or not for these predictions alone.
+    """
+    parts = loss.parts(weights)
+    if before is None or len(parts) != 1 or parts[0][0].predictions != loss.predictions:
+        return None
+    root = parts[0][0].fisher_root(weights)
+    if root is None:
+        return None
+    # Terms are in the predictions' own order only where these are `[terms]` or `[terms, outputs]`.
+    if any(t.dim() > 2 or t.numel() % len(weights) for t in loss.predictions):
+        return None
+    first = loss.predictions[0]
+    examples = len(first) if first.dim() else 1
+    each = len(weights) // examples
+    products = [*before]
+    for column in root.columns:
+        # What a column says of a term stands where the term's own outputs are.
+        seeds = _seeds(root, column, column.new_ones(len(weights)), loss.predictions)
+        both = zip(seeds, tangents, strict=True)
+        of_terms = torch.stack([(g * t).reshape(len(weights), -1).sum(1) for g, t in both]).sum(0)
+        products += [of_terms[place::each] for place in range(each)]
+    return products
+
+
 def _seeds(
     root: FisherRoot, column: Tensor, weight: Tensor, predictions: Sequence[Tensor]
 ) -> list[Tensor]:

@@ -69,6 +69,11 @@ class Fisher:
     def parameters(self, parameters: list[Tensor]) -> None:
         self._choice.parameters = parameters
 
+    @property
+    def exact_block(self) -> ExactBlock | None:
+        """The block of all parameters together, if there is one."""
+        return None if self.exact is None else self.exact.block
+
     # -- taking scores in (the observer's side) ----------------------------------------------
 
     def add_rows(self, loss: ScoredCall, weights: Tensor) -> None:

@@ -13,6 +13,8 @@ Parts = dict[int, Tensor]
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """aᵀb in float32 or wider, a scalar."""
+    if a.dtype == b.dtype == torch.float32:  # nearly always, and called for every parameter
+        return torch.dot(a.reshape(-1), b.reshape(-1))
     dtype = torch.promote_types(a.dtype, b.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
     a, b = a.reshape(-1).to(dtype), b.reshape(-1).to(dtype)

@@ -10,11 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from ngplugin import tracking
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
+from ngplugin.curvature.products import Products
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
+from ngplugin.layer_balance import LayerBalance
 from ngplugin.lightning import coverage_table, trainer_settings
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
-from ngplugin.options import NoiseVariance, Options, Structure, check_number
+from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
 from ngplugin.report import Coverage
 
 
@@ -43,6 +45,8 @@ class NaturalGradient(Callback):
         nesterov: see there.
         kl_radius: see there; nats per term.
         measure_every: see there; steps.
+        step_size: see there.
+        layer_balance: see there.
         damping: see there; a number or a schedule.
         damping_mode: see there.
         sampling_damping: see there.
@@ -52,6 +56,7 @@ class NaturalGradient(Callback):
         weight_sharing: see there.
         max_factor: see there.
         cg_iterations: see there.
+        products: see there.
         decay: see there.
         statistics_every: see there; steps.
         refresh_every: see there; steps.
@@ -74,8 +79,10 @@ class NaturalGradient(Callback):
         show_coverage: bool = True,
         momentum: float = 0.9,
         nesterov: bool = True,
-        kl_radius: float | None = 0.03,
-        measure_every: int = 5,
+        kl_radius: float | None = 0.05,
+        measure_every: int | None = 5,
+        step_size: StepSize = "bounded",
+        layer_balance: LayerBalance = "balanced",
         damping: Damping = "auto",
         damping_mode: DampingMode = "relative",
         sampling_damping: float = 1.0,
@@ -85,6 +92,7 @@ class NaturalGradient(Callback):
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
         cg_iterations: int = 10,
+        products: Products = "auto",
         decay: float = 0.95,
         statistics_every: int = 5,
         refresh_every: int = 20,
@@ -103,6 +111,8 @@ class NaturalGradient(Callback):
             nesterov=nesterov,
             kl_radius=kl_radius,
             measure_every=measure_every,
+            step_size=step_size,
+            layer_balance=layer_balance,
             damping=damping,
             damping_mode=damping_mode,
             sampling_damping=sampling_damping,
@@ -112,6 +122,7 @@ class NaturalGradient(Callback):
             weight_sharing=weight_sharing,
             max_factor=max_factor,
             cg_iterations=cg_iterations,
+            products=products,
             decay=decay,
             statistics_every=statistics_every,
             refresh_every=refresh_every,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.products import Products
 from ngplugin.curvature.taps import LookupCall, MapCall
 
 DampingMode = Literal["relative", "absolute"]
@@ -17,19 +18,21 @@ DampingMode = Literal["relative", "absolute"]
 
 @dataclass(frozen=True)
 class BlockDamping:
-    """λ, and how a block applies it.
+    """How a block is to be inverted: λ, how it is applied, and for which products.
 
     Attributes:
         value: λ ≥ 0. `"relative"`: in units of the mean eigenvalue; `"absolute"`: of F/Σw.
         mode: what λ is measured in.
         sampling: γ, for `"relative"`: a factor of size d averaged from n rows gets γ d/n more.
         floor: for `"relative"`: what a block's mean eigenvalue counts as where it is smaller.
+        products: in what the inverses are to be multiplied.
     """
 
     value: float
     mode: DampingMode = "relative"
     sampling: float = 0.0
     floor: float = 0.0
+    products: Products = "full"
 
 
 class Block(ABC):

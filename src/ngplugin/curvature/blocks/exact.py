@@ -34,10 +34,21 @@ class ExactBlock(Block):
 
     *dense*, n ≥ P: a running average of R̃ᵀR̃.
 
-    There is no momentum. Carried-over directions (SPRING, arXiv:2401.10190) were tried: they do
-    not get shorter as λ grows, so no damping makes a failed step succeed.
+    Momentum is in what the damping draws the step to (SPRING): not to zero, but to a share μ of the
+    last step p,
 
-    Source: the push-through identity in the kernel form of natural gradient: arXiv:2505.12149.
+        d = argmin ½‖R̃d - ρ‖² + ½λ‖d - μp‖² = μp + (R̃ᵀR̃ + λ)⁻¹ (g - R̃ᵀR̃ μp),
+
+    so that directions with little curvature, which λ holds back in any one step, are gone on with
+    over several. What is carried over does not get shorter as λ grows, so a step that failed is to
+    be tried again with μ = 0.
+
+    Source: the push-through identity in the kernel form of natural gradient: arXiv:2505.12149;
+    momentum: Goldshlager, Abrahamsen & Lin 2024 (arXiv:2401.10190).
+
+    Attributes:
+        momentum: μ, of the next product with the inverse.
+        total_weight: Σw of the rows.
     """
 
     kind = "exact"
@@ -46,11 +57,13 @@ class ExactBlock(Block):
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = tuple(parameters)
         self.remainder = 0.0  # share of the last gradient that is no combination of the rows
+        self.momentum = 0.0
+        self.total_weight = 1.0
+        self._last: Tensor | None = None  # p, as a direction
         self._size = sum(p.numel() for p in parameters)
         self._added: list[tuple[Tensor, Tensor]] = []
         self._rows: list[Tensor] = []  # R = √Σw R̃, [n_k, P] each
         self._residual: Tensor | None = None  # of all rows, [n], d(objective) = Rᵀ residual
-        self._total = 1.0  # Σw
         self._average = RunningAverage()  # of R̃ᵀR̃, dense side
         self._matrix: Tensor | None = None  # K or F, as of the last refresh
         self._factor: Tensor | None = None  # Cholesky factor of it, damped
@@ -85,7 +98,7 @@ class ExactBlock(Block):
             return False
         self._rows = [rows for rows, _ in added]
         self._residual = torch.cat([residual for _, residual in added])
-        self._total = total_weight
+        self.total_weight = total_weight
         self._matrix = self._factor = None
         if not self.kernel_side:
             rows = torch.cat(self._rows) if len(self._rows) > 1 else self._rows[0]
@@ -107,13 +120,13 @@ class ExactBlock(Block):
         if not self.kernel_side and self._average:
             return self._average.value.diagonal().mean()
         squares = torch.stack([torch.linalg.vector_norm(rows).square() for rows in self._rows])
-        return squares.sum() / (self._total * self._size)
+        return squares.sum() / (self.total_weight * self._size)
 
     def refresh(self, damping: BlockDamping) -> bool:
         """Factorize K + λ or F + λ; where that fails, with ten times the λ, and again."""
         if self._matrix is None:
             if self.kernel_side:
-                self._matrix = gram(self._rows).div_(self._total)
+                self._matrix = gram(self._rows).div_(self.total_weight)
             else:
                 self._matrix = self._average.value
         unit = 1.0
@@ -136,22 +149,45 @@ class ExactBlock(Block):
     def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """D = (F/Σw + λ)⁻¹ g, and F/Σw d."""
         g = self._flat(gradients)
-        direction = self._kernel_direction(g) if self.kernel_side else self._solve(g)
+        carried = None
+        if self._last is not None and self.momentum > 0:
+            carried = self.momentum * self._last
+        if self.kernel_side:
+            direction = self._kernel_direction(g, carried)
+        elif carried is None:
+            direction = self._solve(g)
+        else:
+            direction = carried + self._solve(g - self._F(carried))
         return self._parts(direction, gradients), self._parts(self._F(direction), gradients)
 
-    def _kernel_direction(self, g: Tensor) -> Tensor:
+    def remember(self, direction: Sequence[Tensor]) -> None:
+        """Take the step that was made, as a direction, for p."""
+        self._last = self._flat(direction)
+
+    def rows_times(self, vectors: Sequence[Tensor]) -> Tensor:
+        """R̃ v, `[n]`."""
+        return self._R(self._flat(vectors))
+
+    def solve_rows(self, z: Tensor) -> list[Tensor]:
+        """(R̃ᵀR̃ + λ)⁻¹ R̃ᵀ z."""
+        solved = self._RT(self._solve(z)) if self.kernel_side else self._solve(self._RT(z))
+        return self._parts(solved, self.parameters)
+
+    def _kernel_direction(self, g: Tensor, carried: Tensor | None) -> Tensor:
         assert self._residual is not None
-        rho = math.sqrt(self._total) * self._residual
+        rho = math.sqrt(self.total_weight) * self._residual
         rest = g - self._RT(rho)
         norm, left_over = torch.stack([g.norm(), rest.norm()]).tolist()
         self.remainder = left_over / norm if norm > 0 else 0.0
+        if carried is not None:
+            rho = rho - self._R(carried)
         z = self._solve(rho)
         # K + λ as it acts, and not as it was rounded when K was formed.
         z = z + self._solve(rho - self._R(self._RT(z)) - self._damping * z)
         direction = self._RT(z)
         if self.remainder > _ROUNDING and self._damping > 0:
             direction = direction + (rest - self._RT(self._solve(self._R(rest)))) / self._damping
-        return direction
+        return direction if carried is None else direction + carried
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """F/Σw v."""
@@ -165,14 +201,14 @@ class ExactBlock(Block):
 
     def _R(self, v: Tensor) -> Tensor:
         """R̃ v, `[n]`."""
-        return torch.cat([rows @ v for rows in self._rows]) / math.sqrt(self._total)
+        return torch.cat([rows @ v for rows in self._rows]) / math.sqrt(self.total_weight)
 
     def _RT(self, z: Tensor) -> Tensor:
         """R̃ᵀ z, `[P]`."""
         result = torch.zeros_like(self._rows[0][0])
         for rows, part in zip(self._rows, z.split([len(r) for r in self._rows]), strict=True):
             result.addmv_(rows.mT, part)
-        return result / math.sqrt(self._total)
+        return result / math.sqrt(self.total_weight)
 
     def _solve(self, v: Tensor) -> Tensor:
         assert self._factor is not None
@@ -202,12 +238,19 @@ class ExactBlock(Block):
         return n * self._size + (2 * n**2 if self.kernel_side else 3 * self._size**2)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average; rows are of one batch, and come anew with the next."""
-        return {"kind": self.kind, "layout": self.layout(), "average": self._average.state_dict()}
+        """The average and the last step; rows are of one batch, and come anew with the next."""
+        return {
+            "kind": self.kind,
+            "layout": self.layout(),
+            "average": self._average.state_dict(),
+            "last": self._last,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state."""
         self._average.load_state_dict(state["average"], self.parameters[0])
+        last = state.get("last")
+        self._last = None if last is None else last.to(self.parameters[0].device, copy=True)
 
 
 def gram(parts: Sequence[Tensor]) -> Tensor:

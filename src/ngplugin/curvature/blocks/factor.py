@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks.block import finite
+from ngplugin.curvature.products import Products, inverse_dtype, multiply, quick_float32
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class Factor(ABC):
     matrix: Tensor
     damping: Tensor
 
+    @property
+    def computed(self) -> torch.dtype:
+        """In what products are computed."""
+        return self.matrix.dtype
+
     @abstractmethod
     def times(self, M: Tensor) -> Tensor:
         """X M, undamped, for M `[group, d, n]`."""
@@ -31,6 +37,14 @@ class Factor(ABC):
     @abstractmethod
     def solve(self, M: Tensor) -> Tensor:
         """(X + damping)⁻¹ M."""
+
+    @abstractmethod
+    def times_right(self, M: Tensor) -> Tensor:
+        """M X, undamped, for M `[group, n, d]`."""
+
+    @abstractmethod
+    def solve_right(self, M: Tensor) -> Tensor:
+        """M (X + damping)⁻¹."""
 
     @abstractmethod
     def extremes(self) -> tuple[Tensor, Tensor]:
@@ -51,13 +65,26 @@ class DenseFactor(Factor):
 
     inverse: Tensor
 
+    @property
+    def computed(self) -> torch.dtype:
+        """In that of the inverse."""
+        return self.inverse.dtype
+
     def times(self, M: Tensor) -> Tensor:
         """X M."""
-        return self.matrix @ M
+        return multiply(self.matrix, M, self.computed)
 
     def solve(self, M: Tensor) -> Tensor:
         """(X + damping)⁻¹ M."""
-        return self.inverse @ M
+        return multiply(self.inverse, M, self.computed)
+
+    def times_right(self, M: Tensor) -> Tensor:
+        """M X; X being symmetric, without writing out a transpose."""
+        return multiply(M, self.matrix, self.computed)
+
+    def solve_right(self, M: Tensor) -> Tensor:
+        """M (X + damping)⁻¹."""
+        return multiply(M, self.inverse, self.computed)
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """By a factorization."""
@@ -83,13 +110,27 @@ class DiagonalFactor(Factor):
         damped = self.matrix[:, :, None] + self.damping
         return torch.where(damped > 0, M / damped, 0.0)
 
+    def times_right(self, M: Tensor) -> Tensor:
+        """M X."""
+        return self.times(M.mT).mT
+
+    def solve_right(self, M: Tensor) -> Tensor:
+        """M (X + damping)⁻¹."""
+        return self.solve(M.mT).mT
+
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The diagonal's."""
         return self.matrix.amin(1), self.matrix.amax(1)
 
 
-def damped_factor(matrix: Tensor, damping: Tensor) -> Factor | None:
-    """Invert by Cholesky, in float64 if the first try fails; None if that fails too."""
+def damped_factor(matrix: Tensor, damping: Tensor, products: Products = "full") -> Factor | None:
+    """Invert by Cholesky, in float64 if the first try fails; None if that fails too.
+
+    Args:
+        matrix: the factors, `[group, d, d]`, or their diagonals `[group, d]`.
+        damping: to be added to the diagonals, `[group, 1, 1]`.
+        products: in what they are to be multiplied.
+    """
     if is_diagonal(matrix):
         return DiagonalFactor(matrix, damping)
     damped = matrix.clone()
@@ -100,7 +141,11 @@ def damped_factor(matrix: Tensor, damping: Tensor) -> Factor | None:
         if failed.any():  # the inverse of a factor with a zero on its diagonal would raise
             return None
     inverse = torch.cholesky_inverse(factor).to(matrix)
-    return DenseFactor(matrix, damping, inverse) if finite(inverse) else None
+    if not finite(inverse):
+        return None
+    # Row by row in memory, as products want it; LAPACK leaves it the other way round.
+    inverse = inverse.to(inverse_dtype(matrix, products)).contiguous()
+    return DenseFactor(matrix, damping, inverse)
 
 
 def read_factor(tensors: Mapping[str, Tensor], name: str) -> Factor:
@@ -118,7 +163,10 @@ def is_diagonal(M: Tensor) -> bool:
 
 def second_moment(rows: Tensor, diagonal: bool) -> Tensor:
     """Σ_r x_r x_rᵀ of rows `[group, rows, d]`, or its diagonal."""
-    return rows.square().sum(1) if diagonal else rows.mT @ rows
+    if diagonal:
+        return rows.square().sum(1)
+    with quick_float32():
+        return rows.mT @ rows
 
 
 def mean_eigenvalue(M: Tensor) -> Tensor:

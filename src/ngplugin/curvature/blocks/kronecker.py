@@ -17,6 +17,11 @@ from ngplugin.curvature.taps import Dimensions, LookupCall, MapCall
 WeightSharing = Literal["expand", "reduce"]
 
 
+# Rows of one statistic beyond these say little more: a running average has those of twenty.
+_FEWEST_ROWS = 1024
+_ROWS_PER_SIZE = 2  # of the larger factor
+
+
 class KroneckerBlock(KroneckerProductBlock, MapBlock):
     """F/Σw ≈ A ⊗ G for a weight W `[group, out, in]`, the bias being one more input of value 1.
 
@@ -40,6 +45,9 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
     for one whose rows are summed or averaged before the loss (Eschenhagen et al. 2023,
     arXiv:2311.00636, §3.2, §3.3). An example is one place along the first axis of a map's input,
     in multi-head attention along the second.
+
+    Where there are many rows, as of the pixels that a convolution slides over, those of some evenly
+    spaced examples stand for all.
 
     Args:
         weight: the parameter.
@@ -105,8 +113,10 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
     def add_map_score(self, call: MapCall | LookupCall, score: Tensor, share: float) -> None:
         """Add the rows of one call of the map."""
         assert isinstance(call, MapCall), "a call of another layout"
-        a = call.input_rows().to(self._dtype)  # [group, example, shared, in]
-        g = call.score_rows(score).to(self._dtype)  # [group, example, shared, out]
+        size = max(self._layout.inputs, self._layout.outputs)
+        a, g, stands_for = call.some_rows(score, max(_FEWEST_ROWS, _ROWS_PER_SIZE * size))
+        a = a.to(self._dtype)  # [group, example, shared, in]
+        g = stands_for**0.5 * g.to(self._dtype)  # [group, example, shared, out]
         parts = self.groups // call.groups
         if parts > 1:
             a = a.repeat_interleave(parts, 0)

@@ -61,7 +61,8 @@ class KroneckerProductBlock(AveragedBlock):
         """Damp each factor and invert it."""
         A, G = self._averaged_factors()
         A_damping, G_damping = self._dampings(A, G, damping)
-        damped_A, damped_G = damped_factor(A, A_damping), damped_factor(G, G_damping)
+        damped_A = damped_factor(A, A_damping, damping.products)
+        damped_G = damped_factor(G, G_damping, damping.products)
         if damped_A is None or damped_G is None:
             return None
         return {**damped_A.named("A"), **damped_G.named("G")}
@@ -108,25 +109,27 @@ class KroneckerProductBlock(AveragedBlock):
         V A = V A_d - a V = G_d⁻¹ M - a V, nor G V for the same reason if G is larger.
         """
         A, G = self.factors
-        M = self._layout.matrix(gradients, self._dtype)
+        # Once for all products, unless one of the factors is too small for another precision.
+        computed = A.computed if A.computed == G.computed else self._dtype
+        M = self._layout.matrix(gradients, computed)
         if self._layout.inputs >= self._layout.outputs:
             half = G.solve(M)
-            V = A.solve(half.mT).mT
-            GVA = G.times(half - A.damping * V)
+            V = A.solve_right(half)
+            GVA = G.times(half - A.damping.to(V.dtype) * V)
         else:
-            half = A.solve(M.mT).mT
+            half = A.solve_right(M)
             V = G.solve(half)
-            GVA = A.times((half - G.damping * V).mT).mT
+            GVA = A.times_right(half - G.damping.to(V.dtype) * V)
         return (
             self._layout.parts(V, gradients),
-            self._layout.parts(self._growth * GVA, gradients),
+            self._layout.parts(self._growth * GVA.to(self._dtype), gradients),
         )
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """G V A with the undamped factors."""
         A, G = self.factors
         V = self._layout.matrix(vectors, self._dtype)
-        GVA = self._growth * A.times(G.times(V).mT).mT
+        GVA = self._growth * A.times_right(G.times(V))
         return self._layout.parts(GVA, vectors)
 
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -28,14 +28,17 @@ def convolution(kind: str) -> Callable[..., MapCall]:
         kernel = weight.shape[2:]
         strides, dilations = _each(stride, kernel), _each(dilation, kernel)
 
-        def input_rows() -> Tensor:
-            padded = F.pad(_batched(x, kernel), _margins(padding, kernel, dilations))
+        def input_rows(every: int = 1) -> Tensor:
+            some = _batched(x, kernel)[::every]
+            padded = F.pad(some, _margins(padding, kernel, dilations))
             return patch_rows(padded, kernel, strides, dilations, groups)
 
         def score_rows(score: Tensor) -> Tensor:
             return position_rows(_batched(score, kernel), groups)
 
-        return MapCall(kind, weight, bias, groups, input_rows, score_rows)
+        return MapCall(
+            kind, weight, bias, groups, input_rows, score_rows, thin_input_rows=input_rows
+        )
 
     return read
 

@@ -12,6 +12,9 @@ from torch import Tensor
 Dimensions = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
+_FEWEST_EXAMPLES = 16  # that rows are taken of, see `MapCall.some_rows`
+
+
 @dataclass(frozen=True)
 class MapCall:
     """One observed application of a weight: output = weight · input + bias, a row at a time.
@@ -27,6 +30,7 @@ class MapCall:
         bias_joins: the bias is added once to each row, as an input of value 1 would be.
         first: the first of the groups that the call applies.
         dims: the weight's dimensions by their part in the map, where it is in neither order.
+        thin_input_rows: computes `input_rows()[:, ::k]` where that is less work; None: it is not.
     """
 
     kind: str
@@ -39,6 +43,7 @@ class MapCall:
     bias_joins: bool = True
     first: int = 0
     dims: Dimensions | None = None
+    thin_input_rows: Callable[[int], Tensor] | None = None
 
     def with_examples_last(self, count: int) -> MapCall:
         """The same call where it is not the first axis of rows that are examples, but the last."""
@@ -50,7 +55,28 @@ class MapCall:
             self,
             input_rows=lambda: sorted_rows(self.input_rows()),
             score_rows=lambda score: sorted_rows(self.score_rows(score)),
+            thin_input_rows=None,
         )
+
+    def some_rows(self, score: Tensor, fewest: int) -> tuple[Tensor, Tensor, float]:
+        """The rows of some of the examples, evenly spaced, for a mean over many.
+
+        Args:
+            score: the gradient of the output.
+            fewest: rows that are enough, about; at least 16 examples are taken all the same, since
+                the rows of one resemble each other.
+
+        Returns:
+            Inputs and scores, and how many rows each stands for.
+        """
+        g = self.score_rows(score)
+        examples, shared = g.shape[1:3]
+        every = max(1, min(round(examples * shared / fewest), examples // _FEWEST_EXAMPLES))
+        if every == 1:
+            return self.input_rows(), g, 1.0
+        thin = self.thin_input_rows
+        a = self.input_rows()[:, ::every] if thin is None else thin(every)
+        return a, g[:, ::every], examples / a.shape[1]
 
     def weight_gradient(self, score: Tensor) -> Tensor:
         """What the rows say d(score)/d(weight) is, the gradient at the output being given."""
