@@ -73,7 +73,7 @@ class NaturalGradientOptimizer(Optimizer):
             matrix of the batch, in place of `momentum`; two more products with it a step. The last
             two are for full batches and little noise.
         layer_balance: how the step is shared out among blocks. `"natural"`: as F says.
-            `"orthogonal"`: each matrix has a step as long as a semi-orthogonal matrix. `"balanced"`:
+            `"orthogonal"`: each matrix has a step as long as a semi-orthogonal one. `"balanced"`:
             the geometric mean of the two. `"equal"`: each block has the same share of the predicted
             KL. All keep the step's predicted KL as a whole; see `ngplugin.layer_balance`.
         damping: λ ≥ 0, or a function of the step such as `ExponentialDamping`. `"auto"`: 0.1, and

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks import BlockDamping, ExactBlock
+from ngplugin.curvature.blocks import BlockDamping
 from ngplugin.curvature.blocks.block import curvature_dtype
 from ngplugin.curvature.conjugate_gradients import conjugate_gradients
 from ngplugin.curvature.fisher import Fisher
@@ -330,7 +330,7 @@ class _MatrixFree:
 
     def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
         """By conjugate gradients."""
-        directions, products = self._fisher.precondition(vectors)
+        directions, _ = self._fisher.precondition(vectors)
         # Parameters without a block are left out, as they are there.
         b = {key: vectors[key].to(curvature_dtype(vectors[key])) for key in directions}
         last = self._solver.last

@@ -70,8 +70,8 @@ class Measurements:
 
     While measurements agree with what was expected, the number of steps between them doubles up to
     `every`; after a surprise the next step is measured too. A measurement is one forward pass more,
-    about a third of a plain step, so that with `every=5` it costs 7 % of one, and about 3 % more for
-    recording the pass that is to be run again.
+    about a third of a plain step, so that with `every=5` it costs 7 % of one, and about 3 % more
+    for recording the pass that is to be run again.
 
     Args:
         every: the most steps between two; None for no measurement at all.
