@@ -19,6 +19,7 @@ from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.observe import Observer
+from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.damping import LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
@@ -152,7 +153,8 @@ class NaturalGradientStep:
     def step(self, groups: Sequence[StepGroup]) -> None:
         """Move the parameters along what was observed, and write the report.
 
-        Without any gradient there is nothing to do: no step is counted.
+        Without any gradient there is nothing to do: no step is counted. A batch whose gradient is
+        not finite is skipped, and neither the averages nor the momentum learn from it.
 
         Raises:
             StepOrderError: no observed loss has ever reached a parameter.
@@ -170,9 +172,10 @@ class NaturalGradientStep:
         with watching:
             damping = damping_at(self._damping, self.steps)
             rule = BlockDamping(damping, self.options.damping_mode, self.options.sampling_damping)
-            dropped, failed = self._update_curvature(groups, observations, rule)
-            schedule = max((group.schedule for group in groups), default=1.0)
             finite = _gradients_are_finite(groups)
+            dropped, failed = self._update_curvature(groups, observations, rule, finite)
+            schedule = max((group.schedule for group in groups), default=1.0)
+            finite = finite and self._knows_curvature()
             model, applied = Model(), Applied(0.0)
             if finite:
                 model, applied = self._move(groups, schedule, observations, rule)
@@ -211,16 +214,24 @@ class NaturalGradientStep:
         self._check.see(self.report.reduction_ratio)
 
     def _update_curvature(
-        self, groups: Sequence[StepGroup], observations: Sequence[Observation], rule: BlockDamping
+        self,
+        groups: Sequence[StepGroup],
+        observations: Sequence[Observation],
+        rule: BlockDamping,
+        finite: bool,
     ) -> tuple[int, int]:
-        """Fold what was observed into F and invert what is due; returns (dropped, failed)."""
+        """Fold what was observed into F and invert what is due; returns (dropped, failed).
+
+        Of a step whose gradient is not finite nothing is folded: some of its statistics may look
+        sound, as those of layers behind a saturated one do.
+        """
         options = self.options
         if options.structure == "identity" and options.kl_radius is None:
             return 0, 0
         scored = [loss for observation in observations for loss in observation.scored]
         names = (loss.call.name for loss in scored)
         self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
-        weight = ObjectiveWeight.of(scored, self._worth.noise_variance)
+        weight = ObjectiveWeight.of(scored, self._worth.noise_variance) if finite else None
         dropped = int(bool(scored) and weight is None)
         if weight is not None:
             self._weight = weight = self._worth.see(weight)
@@ -236,7 +247,9 @@ class NaturalGradientStep:
                 f"structure='exact': {chosen.refused}. Give it a smaller model or batch, or use "
                 "structure='auto', which keeps F in blocks where it is too large."
             )
-        if not any(block.ready for block in self.fisher.blocks):
+        if not self._knows_curvature():
+            if dropped and self.steps < _FIRST_STEPS:
+                return dropped, 0  # a bad batch, as any may be
             raise StepOrderError(why_no_fisher(observations))
         due = refresh_due(self.steps, options.refresh_every)
         failed = self.fisher.refresh(rule, only_new=not due)
@@ -245,6 +258,11 @@ class NaturalGradientStep:
         if due and (last < 0 or self.steps - last >= options.spectrum_every):
             self._condition, self._condition_step = self.fisher.condition(), self.steps
         return dropped, failed
+
+    def _knows_curvature(self) -> bool:
+        """Whether any step so far has given what a direction or a length can be found from."""
+        needless = self.options.structure == "identity" and self.options.kl_radius is None
+        return needless or any(block.ready for block in self.fisher.blocks)
 
     def _exact_value(self) -> float:
         return damping_at(self._exact_damping, self.steps)
@@ -371,6 +389,6 @@ class NaturalGradientStep:
 
 
 def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:
+    """Whether their norm is a number; where it overflows, so would every product with them."""
     gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
-    largest = [g.abs().max() for g in gradients if g.numel()]
-    return not largest or math.isfinite(float(torch.stack(largest).max()))
+    return math.isfinite(float(total(dot(g, g) for g in gradients)))
