@@ -17,19 +17,29 @@ class GradientMomentum:
     def __init__(self, nesterov: bool) -> None:
         self._nesterov = nesterov
         self._average: dict[int, Tensor] = {}  # id of a parameter -> m
+        self._proposed: dict[int, Tensor] = {}  # the same, with the gradients of this step
 
-    def update(self, p: Tensor, mu: float) -> Tensor:
-        """Take in the gradient of `p`; returns what to step along, not to be changed in place."""
+    def propose(self, p: Tensor, mu: float) -> Tensor:
+        """Average the gradient of `p` in; returns what to step along, not to be changed in place.
+
+        `keep` makes it last.
+        """
         g = p.grad
         assert g is not None
         if mu == 0:
             return g
-        m = self._average.get(id(p))
-        if m is None:
-            m = self._average[id(p)] = g.clone()
-        else:
-            m.mul_(mu).add_(g)
+        known = self._average.get(id(p))
+        m = self._proposed[id(p)] = g.clone() if known is None else known.mul(mu).add_(g)
         return g.add(m, alpha=mu) if self._nesterov else m
+
+    def keep(self) -> None:
+        """Take over what was proposed since the last time."""
+        self._average.update(self._proposed)
+        self._proposed.clear()
+
+    def discard(self) -> None:
+        """Forget what was proposed since the last time."""
+        self._proposed.clear()
 
     def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """M of each parameter, None where there is none yet."""

@@ -154,7 +154,8 @@ class NaturalGradientStep:
         """Move the parameters along what was observed, and write the report.
 
         Without any gradient there is nothing to do: no step is counted. A batch whose gradient is
-        not finite is skipped, and neither the averages nor the momentum learn from it.
+        not finite is skipped, and no average learns from it; the momentum learns from no step that
+        is not finite.
 
         Raises:
             StepOrderError: no observed loss has ever reached a parameter.
@@ -180,7 +181,11 @@ class NaturalGradientStep:
             if finite:
                 model, applied = self._move(groups, schedule, observations, rule)
                 finite = model.finite()
-                model = model if finite else Model()
+                if finite:
+                    self._momentum.keep()
+                else:
+                    self._momentum.discard()
+                    model = Model()
         for observation in observations:
             observation.release()
         now = time.perf_counter()
@@ -320,7 +325,7 @@ class NaturalGradientStep:
                     averaged[id(p)] = p.grad  # the batch's own, as the rows are
                 else:
                     momentum = group.momentum if self._solver.averages else 0.0
-                    averaged[id(p)] = self._momentum.update(p, momentum)
+                    averaged[id(p)] = self._momentum.propose(p, momentum)
         return averaged
 
     def _propose(
