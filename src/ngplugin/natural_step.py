@@ -174,12 +174,14 @@ class NaturalGradientStep:
             damping = damping_at(self._damping, self.steps)
             rule = BlockDamping(damping, self.options.damping_mode, self.options.sampling_damping)
             finite = _gradients_are_finite(groups)
-            dropped, failed = self._update_curvature(groups, observations, rule, finite)
+            weight = self._weigh(observations) if finite else None
+            dropped, failed = self._update_curvature(groups, observations, rule, weight)
             schedule = max((group.schedule for group in groups), default=1.0)
             finite = finite and self._knows_curvature()
             model, applied = Model(), Applied(0.0)
             if finite:
-                model, applied = self._move(groups, schedule, observations, rule)
+                telling = observations if weight is not None else []  # of how far a step goes
+                model, applied = self._move(groups, schedule, telling, rule)
                 finite = model.finite()
                 if finite:
                     self._momentum.keep()
@@ -218,17 +220,26 @@ class NaturalGradientStep:
         self._last_time = now
         self._check.see(self.report.reduction_ratio)
 
+    def _weigh(self, observations: Sequence[Observation]) -> ObjectiveWeight | None:
+        """What the observed objective weighs, None if nothing; the bound learns of it."""
+        scored = [loss for observation in observations for loss in observation.scored]
+        weight = ObjectiveWeight.of(scored, self._worth.noise_variance)
+        if weight is not None:
+            self._weight = weight = self._worth.see(weight)
+            self._bound.see_loss(weight.nll)
+        return weight
+
     def _update_curvature(
         self,
         groups: Sequence[StepGroup],
         observations: Sequence[Observation],
         rule: BlockDamping,
-        finite: bool,
+        weight: ObjectiveWeight | None,
     ) -> tuple[int, int]:
         """Fold what was observed into F and invert what is due; returns (dropped, failed).
 
-        Of a step whose gradient is not finite nothing is folded: some of its statistics may look
-        sound, as those of layers behind a saturated one do.
+        Of a step without a weight nothing is folded: some of its statistics may look sound, as
+        those of layers behind a saturated one do.
         """
         options = self.options
         if options.structure == "identity" and options.kl_radius is None:
@@ -236,15 +247,11 @@ class NaturalGradientStep:
         scored = [loss for observation in observations for loss in observation.scored]
         names = (loss.call.name for loss in scored)
         self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
-        weight = ObjectiveWeight.of(scored, self._worth.noise_variance) if finite else None
         dropped = int(bool(scored) and weight is None)
-        if weight is not None:
-            self._weight = weight = self._worth.see(weight)
-            self._bound.see_loss(weight.nll)
-            if self._statistics_due():
-                dropped += self.fisher.fold(weight.total, options.decay)
-                if not dropped:
-                    self._fold_empirical(groups, weight)
+        if weight is not None and self._statistics_due():
+            dropped += self.fisher.fold(weight.total, options.decay)
+            if not dropped:
+                self._fold_empirical(groups, weight)
         self.fisher.discard()
         chosen = self.fisher.exact
         if options.structure == "exact" and chosen is not None and chosen.no_room:
