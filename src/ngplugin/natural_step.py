@@ -308,7 +308,8 @@ class NaturalGradientStep:
             model = model_of(moves, metric, self._weight) if moves else Model()
             if not (moves and self.steps >= self.options.burn_in and model.finite()):
                 return model, Applied(0.0)
-            if self._exact_block() is None or steering is None or not taped:
+            # Where there is no gradient there is no fall to be had, however much damping there is.
+            if self._exact_block() is None or steering is None or not taped or model.gg == 0:
                 applied = self._length.shrunk(moves, model, self.steps, schedule, taped)
             else:
                 applied = self._length.tried(moves, model, schedule, taped)
