@@ -144,7 +144,7 @@ class ExactBlock(Block):
         rho = math.sqrt(self._total) * self._residual
         rest = g - self._RT(rho)
         norm, left_over = torch.stack([g.norm(), rest.norm()]).tolist()
-        self.remainder = left_over / norm if norm > 0 else 0.0
+        self.remainder = left_over / norm if norm > 0 else float(left_over > 0)
         z = self._solve(rho)
         # K + λ as it acts, and not as it was rounded when K was formed.
         z = z + self._solve(rho - self._R(self._RT(z)) - self._damping * z)
