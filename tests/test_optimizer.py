@@ -494,10 +494,13 @@ def test_an_objective_that_cannot_be_seen_says_which_can():
     assert "cross_entropy, nll_loss, binary_cross_entropy" in str(refusal.value)
 
 
-def test_a_first_batch_that_is_not_finite_says_so():
+def test_where_none_of_the_first_batches_is_finite_it_says_so():
     model = network()
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    train(model, optimizer, 10, x=X * math.nan)  # any batch may be bad
+    assert (optimizer.report.skipped, optimizer.report.dropped_statistics) == (1, 1)
     with pytest.raises(StepOrderError, match="not finite"):
-        train(model, NaturalGradientOptimizer(model.parameters()), 1, x=X * math.nan)
+        train(model, optimizer, 1, x=X * math.nan)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

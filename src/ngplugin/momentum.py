@@ -35,7 +35,7 @@ class GradientMomentum:
         self._average.update(self._proposed)
         self._proposed = {}
 
-    def drop(self) -> None:
+    def discard(self) -> None:
         """Forget what was proposed."""
         self._proposed = {}
 

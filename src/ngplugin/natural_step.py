@@ -19,6 +19,7 @@ from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.observe import Observer
+from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
@@ -34,6 +35,7 @@ from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 
 _FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
 _MOST_TRIALS = 8  # of one step, with more and more damping
+_MOST_BAD_BATCHES = 10  # at the start, without any that gives a Fisher
 
 
 class NaturalGradientStep:
@@ -156,7 +158,9 @@ class NaturalGradientStep:
     def step(self, groups: Sequence[StepGroup]) -> None:
         """Move the parameters along what was observed, and write the report.
 
-        Without any gradient there is nothing to do: no step is counted.
+        Without any gradient there is nothing to do: no step is counted. A batch whose gradient is
+        not finite is skipped, and no average learns from it; the momentum learns from no step that
+        is not finite.
 
         Raises:
             StepOrderError: no observed loss has ever reached a parameter.
@@ -174,12 +178,15 @@ class NaturalGradientStep:
         with watching:
             damping = damping_at(self._damping, self.steps)
             rule = self._rule(damping)
-            dropped, failed = self._update_curvature(groups, observations, rule)
-            schedule = max((group.schedule for group in groups), default=1.0)
             finite = _gradients_are_finite(groups)
+            weight = self._weigh(observations) if finite else None
+            dropped, failed = self._update_curvature(groups, observations, rule, weight)
+            schedule = max((group.schedule for group in groups), default=1.0)
+            finite = finite and self._knows_curvature()
             model, applied = Model(), Applied(0.0)
             if finite:
-                model, applied = self._move(groups, schedule, observations, rule)
+                telling = observations if weight is not None else []  # of how far a step goes
+                model, applied = self._move(groups, schedule, telling, rule)
                 finite = model.finite()
                 model = model if finite else Model()
         for observation in observations:
@@ -214,25 +221,38 @@ class NaturalGradientStep:
         self._last_time = now
         self._check.see(self.report.reduction_ratio)
 
+    def _weigh(self, observations: Sequence[Observation]) -> ObjectiveWeight | None:
+        """What the observed objective weighs, None if nothing; the bound learns of it."""
+        scored = [loss for observation in observations for loss in observation.scored]
+        weight = ObjectiveWeight.of(scored, self._worth.noise_variance)
+        if weight is not None:
+            self._weight = weight = self._worth.see(weight)
+            self._bound.see_loss(weight.nll)
+        return weight
+
     def _update_curvature(
-        self, groups: Sequence[StepGroup], observations: Sequence[Observation], rule: BlockDamping
+        self,
+        groups: Sequence[StepGroup],
+        observations: Sequence[Observation],
+        rule: BlockDamping,
+        weight: ObjectiveWeight | None,
     ) -> tuple[int, int]:
-        """Fold what was observed into F and invert what is due; returns (dropped, failed)."""
+        """Fold what was observed into F and invert what is due; returns (dropped, failed).
+
+        Of a step without a weight nothing is folded: some of its statistics may look sound, as
+        those of layers behind a saturated one do.
+        """
         options = self.options
         if options.structure == "identity" and options.kl_radius is None:
             return 0, 0
         scored = [loss for observation in observations for loss in observation.scored]
         names = (loss.call.name for loss in scored)
         self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
-        weight = ObjectiveWeight.of(scored, self._worth.noise_variance)
         dropped = int(bool(scored) and weight is None)
-        if weight is not None:
-            self._weight = weight = self._worth.see(weight)
-            self._bound.see_loss(weight.nll)
-            if self._statistics_due():
-                dropped += self.fisher.fold(weight.total, options.decay)
-                if not dropped:
-                    self._fold_empirical(groups, weight)
+        if weight is not None and self._statistics_due():
+            dropped += self.fisher.fold(weight.total, options.decay)
+            if not dropped:
+                self._fold_empirical(groups, weight)
         self.fisher.discard()
         chosen = self.fisher.exact
         if options.structure == "exact" and chosen is not None and chosen.no_room:
@@ -240,7 +260,9 @@ class NaturalGradientStep:
                 f"structure='exact': {chosen.refused}. Give it a smaller model or batch, or use "
                 "structure='auto', which keeps F in blocks where it is too large."
             )
-        if not any(block.ready for block in self.fisher.blocks):
+        if not self._knows_curvature():
+            if dropped and self.steps < _MOST_BAD_BATCHES:
+                return dropped, 0  # a bad batch, as any may be
             raise StepOrderError(why_no_fisher(observations))
         due = refresh_due(self.steps, options.refresh_every)
         failed = self.fisher.refresh(rule, only_new=not due)
@@ -254,6 +276,11 @@ class NaturalGradientStep:
         if due and (last < 0 or self.steps - last >= options.spectrum_every):
             self._condition, self._condition_step = self.fisher.condition(), self.steps
         return dropped, failed
+
+    def _knows_curvature(self) -> bool:
+        """Whether any step so far has given what a direction or a length can be found from."""
+        needless = self.options.structure == "identity" and self.options.kl_radius is None
+        return needless or any(block.ready for block in self.fisher.blocks)
 
     def _exact_value(self) -> float:
         return damping_at(self._exact_damping, self.steps)
@@ -297,6 +324,8 @@ class NaturalGradientStep:
             model = model_of(moves, metric, self._weight) if moves else Model()
             if not (moves and self.steps >= self.options.burn_in and model.finite()):
                 break
+            # Without a gradient there is no fall to be had, however much damping there is.
+            retries = retries and model.gg > 0
             if retries:
                 assert block is not None
                 applied, moves = self._length.tried(moves, model, schedule, taped, block)
@@ -313,7 +342,7 @@ class NaturalGradientStep:
             if retries:
                 self.fisher.refresh_every_step(self._exact_rule())
         if applied.rejected or not model.finite():
-            self._momentum.drop()
+            self._momentum.discard()
         else:
             self._momentum.keep()
         return model, applied
@@ -406,6 +435,6 @@ class NaturalGradientStep:
 
 
 def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:
+    """Whether their norm is a number; where it overflows, so would every product with them."""
     gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
-    largest = [g.abs().max() for g in gradients if g.numel()]
-    return not largest or math.isfinite(float(torch.stack(largest).max()))
+    return math.isfinite(float(total(dot(g, g) for g in gradients)))

@@ -28,7 +28,8 @@ class StepReport:
         overhead: share of `seconds` that went into curvature, in [0, 1].
         seconds: since the end of the last step.
         shrinks: how often a measured step was shortened because its KL was too large.
-        skipped: 1 if gradient or step was not finite, and nothing was moved.
+        skipped: 1 if gradient or step was not finite, or no batch so far has given a Fisher, and
+            nothing was moved.
         rejected: 1 if the measured KL stayed too large after every shrink, and nothing was moved.
         failed_factorizations: in this step; the old inverses were kept.
         dropped_statistics: in this step, not finite.

@@ -330,7 +330,9 @@ class _MatrixFree:
 
     def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
         """By conjugate gradients."""
-        directions, _ = self._fisher.precondition(vectors)
+        directions, products = self._fisher.precondition(vectors)
+        if not directions:  # no block has an inverse yet
+            return directions, products
         # Parameters without a block are left out, as they are there.
         b = {key: vectors[key].to(curvature_dtype(vectors[key])) for key in directions}
         last = self._solver.last

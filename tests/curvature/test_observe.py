@@ -194,4 +194,4 @@ def test_why_there_is_no_fisher_names_the_cause():
         F.cross_entropy(model(X), Y)
     assert "what backward() was called on" in why_no_fisher([observer.observation])
     _, observation = averages(model, model)
-    assert "not finite" in why_no_fisher([observation])
+    assert "weigh nothing or are not finite" in why_no_fisher([observation])

@@ -114,6 +114,7 @@ def why_no_fisher(observations: Sequence[Observation]) -> str:
             "function of the model's outputs that is written in torch functions."
         )
     return (
-        "the statistics of the first observed step are not finite. Usual cause: inf or nan in the "
-        "batch or the loss."
+        "the first batches gave no Fisher information: the losses weigh nothing or are not finite. "
+        "Usual causes: inf or nan in the data or the loss, or a loss multiplied by zero or by a "
+        "negative number."
     )

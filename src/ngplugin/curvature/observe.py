@@ -274,7 +274,7 @@ class Observer(TorchFunctionMode):
     ) -> None:
         weights = loss.weights(gradient)
         likelihood = loss.likelihood()
-        if self._backward is not None:
+        if self._backward is not None and weights.numel():  # a batch may be empty
             self._backward.run(observation, loss, weights)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
 
