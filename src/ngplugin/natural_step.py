@@ -131,7 +131,7 @@ class NaturalGradientStep:
     def _statistics_due(self) -> bool:
         first = max(_FIRST_STEPS, self.options.burn_in)
         usual = self.steps < first or self.steps % self.options.statistics_every == 0
-        return usual or self._exact_block() is not None
+        return usual or self._exact_block() is not None or not self._knows_curvature()
 
     def _exact_block(self) -> ExactBlock | None:
         return self.fisher.exact_block
