@@ -130,7 +130,9 @@ def test_buffers_gradients_and_random_numbers_are_those_of_an_unobserved_step():
             nn.Linear(6, 3),
         )
     )
-    optimizer = NaturalGradientOptimizer(model.parameters(), lr=10.0, kl_radius=0.2)
+    optimizer = NaturalGradientOptimizer(
+        model.parameters(), lr=10.0, kl_radius=0.2, measure_every=1
+    )
     torch.manual_seed(0)
     shrinks = 0
     for _ in range(6):

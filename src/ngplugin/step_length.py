@@ -136,9 +136,9 @@ class StepLength:
             move(moves, scale)
             divergence, reduction = self._measurement.measure(taped)
             kl = divergence / model.nats
-            factor = self._bound.shrink(kl, schedule)
+            factor = self._bound.shrink(kl, schedule, -reduction / model.nats)
             if factor is None:
-                self._bound.calibrate(step, scale**2 * model.q, kl)
+                self._bound.calibrate(step, scale**2 * model.q, kl, shrunk=shrinks > 0)
                 return Applied(scale, kl, reduction, shrinks)
             restore(moves, before)
             # Far out the KL saturates, and says too little of how much too long the step is.

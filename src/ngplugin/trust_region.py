@@ -37,16 +37,22 @@ class StepBound(ABC):
         """What to multiply a step by whose predicted KL is `predicted`; in [0, 1]."""
 
     @abstractmethod
-    def shrink(self, measured: float, schedule: float) -> float | None:
-        """What to multiply an applied step by whose measured KL is too large; None if it is not."""
+    def shrink(self, measured: float, schedule: float, rise: float = 0.0) -> float | None:
+        """What to multiply an applied step by that was too long; None if it was not.
+
+        Args:
+            measured: its KL, nats per term.
+            schedule: the learning rate over its peak.
+            rise: of the batch's own loss, nats per term.
+        """
 
     @abstractmethod
     def room(self, measured: float, schedule: float) -> float:
         """What to multiply a step by whose KL is `measured` to use all that is allowed."""
 
     @abstractmethod
-    def calibrate(self, step: int, predicted: float, measured: float) -> None:
-        """Learn from one measurement of an applied step."""
+    def calibrate(self, step: int, predicted: float, measured: float, shrunk: bool = False) -> None:
+        """Learn from one measurement of an applied step, and whether it was shortened before."""
 
     @abstractmethod
     def distrust(self) -> None:
@@ -123,7 +129,7 @@ class NoTrustRegion(StepBound):
         """Always 1."""
         return 1.0
 
-    def shrink(self, measured: float, schedule: float) -> float | None:
+    def shrink(self, measured: float, schedule: float, rise: float = 0.0) -> float | None:
         """Never."""
         return None
 
@@ -131,7 +137,7 @@ class NoTrustRegion(StepBound):
         """No limit."""
         return math.inf
 
-    def calibrate(self, step: int, predicted: float, measured: float) -> None:
+    def calibrate(self, step: int, predicted: float, measured: float, shrunk: bool = False) -> None:
         """Nothing to learn."""
 
     def distrust(self) -> None:
@@ -216,18 +222,22 @@ class TrustRegion(StepBound):
         expected, aim = self.ratio * predicted, _AIM * self.radius(schedule)
         return 1.0 if expected <= aim else math.sqrt(aim / expected)
 
-    def shrink(self, measured: float, schedule: float) -> float | None:
-        """√(⅔ radius / measured), or a tenth where that is no number, if measured is too large."""
+    def shrink(self, measured: float, schedule: float, rise: float = 0.0) -> float | None:
+        """√(⅔ radius / measured), or a tenth where that is no number, if measured is too large.
+
+        A half if it is not, but the batch's own loss rose by more than the radius. Momentum may
+        well raise a batch's loss, by less than that.
+        """
         radius = self.radius(schedule)
         if measured <= radius:
-            return None
+            return 0.5 if rise > radius else None
         return math.sqrt(_AIM * radius / measured) if math.isfinite(measured) else 0.1
 
     def room(self, measured: float, schedule: float) -> float:
         """√(⅔ radius / measured)."""
         return math.sqrt(_AIM * self.radius(schedule) / measured)
 
-    def calibrate(self, step: int, predicted: float, measured: float) -> None:
+    def calibrate(self, step: int, predicted: float, measured: float, shrunk: bool = False) -> None:
         """Move log c half-way to log(measured/predicted), all the way if that is larger.
 
         Trusting too long a step costs more than taking one that is too short. A KL that is no
@@ -243,7 +253,7 @@ class TrustRegion(StepBound):
         known = self._log_ratio
         # Less than expected is no danger, and is made up for half-way.
         agrees = known is not None and observed - known < self._agreement
-        self._measurements.done(step, agrees)
+        self._measurements.done(step, agrees and not shrunk)
         if known is None or observed > known:
             self._log_ratio = observed
         else:
