@@ -1,9 +1,11 @@
 """Damping schedules and what is refused as one."""
 
+import functools
 import math
 from itertools import pairwise
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +13,10 @@ from ngplugin import (
     ConstantDamping,
     CosineDamping,
     ExponentialDamping,
+    KlMatching,
     LevenbergMarquardt,
     LinearDamping,
+    NaturalGradientOptimizer,
     OptionError,
 )
 from ngplugin.damping import as_schedule, damping_at
@@ -117,3 +121,89 @@ def test_levenberg_marquardt_refuses_bounds_that_exclude_its_start(values):
 
 def test_automatic_damping_is_a_tenth_for_blocks_that_approximate():
     assert as_schedule("auto")(5) == 0.1
+
+
+# -- matching the KL -----------------------------------------------------------------------------
+
+
+def after(ratio, **options):
+    damping = KlMatching(start=0.1, **options)
+    damping.see(None, ratio)
+    return damping(0)
+
+
+def test_a_prediction_that_came_true_leaves_the_damping():
+    assert after(1.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.0, -1.0])
+def test_a_ratio_that_says_nothing_leaves_it_too(ratio):
+    assert after(ratio) == 0.1
+
+
+@given(st.floats(1e-6, 1e6), st.floats(0.01, 1.0))
+def test_damping_follows_the_ratio_by_at_most_a_factor_of_two(ratio, rate):
+    value = after(ratio, rate=rate)
+    assert (value - 0.1) * (ratio - 1) >= 0
+    assert 0.05 * (1 - 1e-9) <= value <= 0.2 * (1 + 1e-9)
+    if 0.5 < ratio**rate < 2:
+        assert value == pytest.approx(0.1 * ratio**rate)
+
+
+@pytest.mark.parametrize("ratio", [math.inf, math.nan])
+def test_a_kl_that_is_no_number_doubles_the_damping(ratio):
+    # nan <= 0 is false, too: it is not taken for a ratio that says nothing.
+    assert after(ratio) == pytest.approx(0.2)
+
+
+def test_it_keeps_to_its_bounds():
+    damping = KlMatching(start=0.1, least=0.05, most=0.3)
+    for ratio, bound in ((1e9, 0.3), (1e-9, 0.05)):
+        for _ in range(5):
+            damping.see(None, ratio)
+        assert damping(0) == bound
+
+
+def test_it_settles_where_the_prediction_comes_true():
+    damping = KlMatching(start=1e-4)
+    for _ in range(60):
+        damping.see(None, (0.02 / damping(0)) ** 0.5)
+    assert damping(0) == pytest.approx(0.02, rel=1e-3)
+
+
+def test_a_saved_one_goes_on():
+    one, other = KlMatching(), KlMatching()
+    one.see(None, 3.0)
+    other.load_state_dict(one.state_dict())
+    assert other(0) == one(0) != 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{"start": 0.0}, {"least": 1.0}, {"most": math.inf}, {"rate": 0.0}, {"rate": 2.0}]
+)
+def test_bad_numbers_are_refused(options):
+    with pytest.raises(OptionError, match=next(iter(options))):
+        KlMatching(**options)
+
+
+@pytest.mark.parametrize("structure", ["auto", "eigen"])
+def test_an_optimizer_asks_for_what_it_learns_from_and_saves_it(structure):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3))
+    x, y = torch.randn(32, 4), torch.arange(32) % 3
+    make = functools.partial(
+        NaturalGradientOptimizer, [*model.parameters()], damping=KlMatching(), structure=structure
+    )
+    optimizer = make()
+    seen = []
+    for _ in range(12):
+        with optimizer.observe():
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(optimizer.report.damping)
+    assert len(set(seen)) == 12  # measured at every step
+    other = make()
+    other.load_state_dict(optimizer.state_dict())
+    assert other._engine._damping(0) == optimizer._engine._damping(0)

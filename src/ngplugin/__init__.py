@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ngplugin.damping import (
+    AdaptiveDamping,
     ConstantDamping,
     CosineDamping,
     ExponentialDamping,
+    KlMatching,
     LevenbergMarquardt,
     LinearDamping,
 )
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from ngplugin.lightning import NaturalGradient
 
 __all__ = [
+    "AdaptiveDamping",
     "ConstantDamping",
     "CosineDamping",
     "Coverage",
     "ExponentialDamping",
+    "KlMatching",
     "LevenbergMarquardt",
     "LikelihoodError",
     "LinearDamping",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Union
@@ -87,8 +88,74 @@ class CosineDamping(_Path):
         return self.end + (self.start - self.end) * wave
 
 
-class AdaptiveDamping:
-    pass
+class AdaptiveDamping(ABC):
+    """λ that learns from what is measured of the steps made with it."""
+
+    _value: float
+
+    def __call__(self, step: int) -> float:
+        """The damping now, whatever the step."""
+        return self._value
+
+    @abstractmethod
+    def see(self, reduction_ratio: float | None, kl_ratio: float | None = None) -> None:
+        """Take in what was measured of a step; None where it was not.
+
+        Args:
+            reduction_ratio: how far the loss fell over how far the quadratic model said.
+            kl_ratio: the measured KL over the predicted ½ΔᵀFΔ/Σw, uncalibrated.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return {"value": self._value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        self._value = float(state["value"])
+
+
+class KlMatching(AdaptiveDamping):
+    """λ that makes the predicted KL come true.
+
+    After each measurement
+
+        log λ ← log λ + clip(rate · log(measured / predicted), ±log 2)
+
+    Too little damping makes steps long along directions in which F, an average over few rows and
+    block by block, has less curvature than there is; those are where the prediction moves further
+    than predicted. So the ratio falls as λ rises, and λ settles where it is 1.
+
+    The part of the ratio that no damping mends, layers that move together, is the calibration's
+    business; where it is large, as on transformers, λ goes to `most`.
+
+    Args:
+        start: λ of the first step.
+        least: no less than this.
+        most: no more than this.
+        rate: power of the ratio, in (0, 1].
+
+    Source: the rule is ours; that λ should follow how well the model does is Martens & Grosse 2015
+    (arXiv:1503.05671) §6.5.
+    """
+
+    def __init__(
+        self, start: float = 0.1, least: float = 1e-8, most: float = 10.0, rate: float = 0.5
+    ) -> None:
+        _check_range(start, least, most)
+        if not 0 < rate <= 1:
+            raise OptionError(f"rate={rate!r}: expected a number above 0 and at most 1")
+        self._value, self._least, self._most = float(start), float(least), float(most)
+        self._rate = float(rate)
+
+    def see(self, reduction_ratio: float | None, kl_ratio: float | None = None) -> None:
+        """Take in the ratio of the KLs; one that is no number counts as too large."""
+        if kl_ratio is None or kl_ratio <= 0:
+            return
+        most = math.log(2)
+        change = self._rate * math.log(kl_ratio) if math.isfinite(kl_ratio) else most
+        self._value *= math.exp(min(max(change, -most), most))
+        self._value = min(max(self._value, self._least), self._most)
 
 
 class LevenbergMarquardt(AdaptiveDamping):
@@ -115,29 +182,16 @@ class LevenbergMarquardt(AdaptiveDamping):
     """
 
     def __init__(self, start: float = 1e-3, least: float = 1e-15, most: float = 1e3) -> None:
-        for name, value in (("start", start), ("least", least), ("most", most)):
-            _check(value, name)
-        if not 0 < least <= start <= most:
-            raise OptionError(
-                f"start={start!r}, least={least!r}, most={most!r}: expected "
-                "0 < least <= start <= most"
-            )
+        _check_range(start, least, most)
         self._value, self._least, self._most = float(start), float(least), float(most)
         self._growth = 2.0
 
-    def __call__(self, step: int) -> float:
-        """The damping now, whatever the step."""
-        return self._value
-
-    def see(self, ratio, kl_ratio=None):
-        if ratio is None:
-            return
-        self._see(ratio)
-
-    def _see(self, ratio: float) -> None:
+    def see(self, reduction_ratio: float | None, kl_ratio: float | None = None) -> None:
         """Take in the reduction ratio of a step."""
-        if ratio > 0:
-            factor = 0.5 if ratio > 0.5 else 1.0 if ratio >= 0.25 else 2.0
+        if reduction_ratio is None:
+            return
+        if reduction_ratio > 0:
+            factor = 0.5 if reduction_ratio > 0.5 else 1.0 if reduction_ratio >= 0.25 else 2.0
             self._growth = 2.0
         else:
             factor, self._growth = self._growth, 2 * self._growth
@@ -186,3 +240,12 @@ def damping_at(schedule: DampingSchedule, step: int) -> float:
 def _check(value: float, name: str) -> None:
     if not (math.isfinite(value) and value >= 0):
         raise OptionError(f"{name}={value!r}: expected a finite number of at least 0")
+
+
+def _check_range(start: float, least: float, most: float) -> None:
+    for name, value in (("start", start), ("least", least), ("most", most)):
+        _check(value, name)
+    if not 0 < least <= start <= most:
+        raise OptionError(
+            f"start={start!r}, least={least!r}, most={most!r}: expected 0 < least <= start <= most"
+        )

@@ -96,6 +96,7 @@ class NaturalGradientStep:
         statistics = self._statistics_due()
         measure = self._solver.needs_tape or self._bound.measurement_due(self.steps)
         measure = measure or self._steers_damping() is not None
+        measure = measure or options.step_size == "line-search"
         if self._observer or needless or not (statistics or measure):
             return contextlib.nullcontext()
         return self._watch(parameters, statistics, measure)
@@ -267,9 +268,7 @@ class NaturalGradientStep:
         due = refresh_due(self.steps, options.refresh_every)
         failed = self.fisher.refresh(rule, only_new=not due)
         if not due and rule.value != self._refreshed_damping:
-            getattr(self.fisher, "redamp", len.__class__)(rule) if hasattr(
-                self.fisher, "redamp"
-            ) else None
+            self.fisher.redamp(rule)
         self._refreshed_damping = rule.value
         failed += self.fisher.refresh_every_step(self._exact_rule())
         last = self._condition_step
@@ -403,6 +402,7 @@ class NaturalGradientStep:
             "solver": self._solver.state_dict(parameters),
             "exact": None if self.fisher.exact is None else self.fisher.exact.state_dict(),
             "damping": (steering := self._steering()) and steering.state_dict(),
+            "refreshed_damping": self._refreshed_damping,
             "generator": None if self._generator is None else self._generator.get_state(),
             "weight": (weight.total, weight.nats, weight.squares, weight.nll),
             "nat_worth": self._worth.state_dict(),
@@ -425,6 +425,7 @@ class NaturalGradientStep:
         steering = self._steering()
         if steering is not None and state.get("damping") is not None:
             steering.load_state_dict(state["damping"])
+        self._refreshed_damping = float(state.get("refreshed_damping", math.nan))
         if state["generator"] is not None:
             self._random(parameters[0].device).set_state(state["generator"].cpu())
         self._weight = ObjectiveWeight(*state["weight"])

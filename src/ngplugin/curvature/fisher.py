@@ -177,6 +177,15 @@ class Fisher:
         floored = replace(damping, floor=self._floor(ready))
         return sum(not block.refresh(floored) for block in due)
 
+    def redamp(self, damping: BlockDamping) -> int:
+        """Change λ of the blocks that need no factorization for it; returns how many they are."""
+        ready = [block for block in self.blocks if block.ready]
+        inverted = [block for block in ready if block.inverted and not block.every_step]
+        if not inverted:
+            return 0
+        floored = replace(damping, floor=self._floor(ready))
+        return sum(block.redamp(floored) for block in inverted)
+
     def isotropic_damping(self, damping: BlockDamping) -> _Parts:
         """What to add to the diagonal of F/Σw where it is no product of factors; by parameter.
 

@@ -94,6 +94,14 @@ class Block(ABC):
             False if the factorization failed; the old inverse is kept.
         """
 
+    def redamp(self, damping: BlockDamping) -> bool:
+        """Change λ without a factorization.
+
+        Returns:
+            False, and nothing changes, if the block knows no eigenvalues: the next refresh will.
+        """
+        return False
+
     @abstractmethod
     def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """D = (F/Σw + damping)⁻¹ g, and F/Σw d undamped, which comes nearly free with it.

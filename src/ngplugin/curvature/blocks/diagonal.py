@@ -65,6 +65,10 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
             added = damping.value * F.new_ones(())
         return DiagonalFactor(F, added.reshape(1, 1, 1)).named("F")
 
+    def redamp(self, damping: BlockDamping) -> bool:
+        """A diagonal has no factorization to save."""
+        return self.refresh(damping)
+
     def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """g / (diag F + λ), and diag(F) times it."""
         factor, (g,) = self._factor(), gradients

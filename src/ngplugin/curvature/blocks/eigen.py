@@ -74,6 +74,12 @@ class EigenBlock(KroneckerBlock):
             self._averages["M"] = RunningAverage()
             M = g[:, :, None] * a[:, None, :]
         self._averages["M"].replace(M, like=self._averages["G"])
+        refreshed = {"U_A": U_A, "U_G": U_G, **self._settings(damping)}
+        return {**refreshed, **self._damped(refreshed)}
+
+    def _settings(self, damping: BlockDamping) -> dict[str, Tensor]:
+        """What `_damped` has to know of the damping, `[group, 1, 1]` each."""
+        A, G = self._averaged_factors()
         one = A.new_ones(self.groups, 1, 1)
         settings = {
             "absolute": one * (damping.value if damping.mode == "absolute" else 0.0),
@@ -81,8 +87,15 @@ class EigenBlock(KroneckerBlock):
         }
         shares = self._damping_shares(A, G, damping) if damping.mode == "relative" else (0.0, 0.0)
         settings["A_share"], settings["G_share"] = (one * share for share in shares)
-        refreshed = {"U_A": U_A, "U_G": U_G, **settings}
-        return {**refreshed, **self._damped(refreshed)}
+        return settings
+
+    def redamp(self, damping: BlockDamping) -> bool:
+        """The eigenvalues are known: add another damping to them."""
+        if not self.inverted:
+            return False
+        self._refreshed.update(self._settings(damping))
+        self._refreshed.update(self._damped(self._refreshed))
+        return True
 
     def _damped(self, refreshed: dict[str, Tensor]) -> dict[str, Tensor]:
         """M by the average, and the damping D to be added to it; no factorization is needed.
