@@ -3,6 +3,7 @@
 import copy
 import csv
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from ngplugin import NaturalGradient, NaturalGradientOptimizer
-from tests.oracle import double, observe, randn
+from ngplugin.kl_measurement import KlMeasurement
+from tests.oracle import double, moved, observe, randn
 from tests.test_callback import trainer
 
 # -- the step as applied ---------------------------------------------------------------------------
@@ -240,3 +242,48 @@ def test_under_autocast_the_kl_is_computed_in_float32(name):
             p, q = (head.predictive(bf16(m)(x).float(), value) for m in (before, model))
             exact = float(D.kl_divergence(p, q).mean())
         assert optimizer.report.kl == pytest.approx(exact, rel=1e-3)
+
+
+# -- predictions whose memory changes ------------------------------------------------------------
+
+Z = nn.Parameter(randn(16, 3, seed=4))
+ONES = torch.ones(16, 3).double()
+OF_PARAMETERS = {
+    "cross entropy": lambda: F.cross_entropy(Z, torch.arange(16) % 3),
+    "bce of a piece": lambda: F.binary_cross_entropy_with_logits(Z[:5], ONES[:5]),
+    "mse": lambda: F.mse_loss(Z, ONES),
+    "place of a normal": lambda: -D.Normal(Z, ONES).log_prob(ONES).mean(),
+    "spread by hand": lambda: 0.5 * (4.0 * (-Z).exp() + Z).mean(),
+}
+
+
+@pytest.mark.parametrize("name", OF_PARAMETERS)
+def test_a_prediction_that_is_a_parameter_is_seen_to_move(name):
+    objective = OF_PARAMETERS[name]
+    _, observation = observe([Z], objective)
+    before = objective().item()
+    with moved([Z], 0.3 * randn(48, seed=5)):
+        kl, fall = KlMeasurement().measure([observation])
+        assert fall == pytest.approx(before - objective().item(), rel=1e-6)
+    assert kl > 1e-3
+
+
+def test_predictions_that_are_written_to_before_backward_are_not_read():
+    model = double(nn.Linear(4, 3))
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    for spoilt in (False, True):
+        optimizer.zero_grad()
+        with optimizer.observe():
+            z = model(INPUTS)
+            loss = F.cross_entropy(z, TARGETS.argmax(1))
+            if spoilt:
+                z.detach()[:, 0] = -9.0
+        context = pytest.warns(UserWarning, match="written to") if spoilt else nullcontext()
+        blocks = optimizer._engine.fisher.blocks
+        averages = [block.average("G") for block in blocks]
+        with context:
+            loss.backward()
+        optimizer.step()
+        if spoilt:
+            assert torch.equal(blocks[0].average("G"), averages[0])
+            assert optimizer.report.kl is None

@@ -324,3 +324,20 @@ def test_what_was_computed_under_no_grad_is_a_constant():
     batch, _ = watched(parameters, lambda: 0.5 * F.mse_loss(predict(), X[:, :3], reduction="sum"))
     J = jacobian(predict().reshape(-1), parameters)
     assert_near(dense(batch, parameters), J.T @ J / 18)
+
+
+def test_the_information_of_a_laplace_is_that_of_its_scores():
+    """Whose KL, made of an absolute value, has no second derivative to be read off."""
+    model, x = double(nn.Linear(3, 1)), randn(20, 3, seed=1)
+    parameters = [*model.parameters()]
+    _, observation = observe(
+        parameters,
+        lambda: -torch.distributions.Laplace(model(x), 0.5).log_prob(randn(20, 1, seed=2)).mean(),
+    )
+    J = jacobian(model(x), parameters)
+    v = randn(4, seed=3)
+    found = BatchFisher([observation], parameters, 1.0).product(
+        {id(p): part for p, part in zip(parameters, unflat(v, parameters), strict=True)}
+    )
+    wanted = J.T @ (J @ v) / 0.5**2 / 20
+    torch.testing.assert_close(flat([found[id(p)] for p in parameters]), wanted)

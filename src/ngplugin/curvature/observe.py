@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -62,6 +63,13 @@ _SAME = 1e-2  # relative difference of a value that is computed again, in any pr
 
 #: Those that watch now, the innermost last.
 ACTIVE: list[Observer] = []
+
+
+_OVERWRITTEN = (
+    "ngplugin: what `{0}` scored was written to between the loss and backward(), so this step "
+    "gives no Fisher information. Usual cause: a metric that works in place, such as `logits.sigmoid_()` "
+    "or an assignment to `logits.detach()[...]`. Have it work on a clone, or after backward()."
+)
 
 
 class Observer(TorchFunctionMode):
@@ -229,10 +237,15 @@ class Observer(TorchFunctionMode):
         with self.paused():
             observation.tape.score(value)
         place = observation.tape.place(value)
+        versions = [t._version for t in loss.predictions]
 
         def on_gradient(gradient: Tensor) -> None:
-            if place is None or not observation.tape.memory(place) <= observation.silenced:
+            if place is not None and observation.tape.memory(place) <= observation.silenced:
+                return
+            if versions == [t._version for t in loss.predictions]:
                 self._score(observation, loss, mark, gradient)
+            else:
+                warnings.warn(_OVERWRITTEN.format(loss.name), stacklevel=2)
 
         self._on_gradient(value, on_gradient)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution, Independent, Laplace, kl_divergence
 
 from ngplugin.curvature.likelihoods.distribution_parts import rebuilt, tensors_in, trees
 from ngplugin.curvature.likelihoods.distribution_root import gradient, root_of
@@ -30,8 +30,9 @@ from ngplugin.curvature.likelihoods.likelihood import (
     random_signs,
     turns,
 )
-from ngplugin.curvature.likelihoods.loss_call import ScoredCall, last, widened
+from ngplugin.curvature.likelihoods.loss_call import ScoredCall, fixed, last, widened
 
+_DRAWS = 64  # for information that is not to be had from the KL
 _SAMPLES = 16  # for each term's KL where it has no closed form
 _SEED = 0  # of those samples: the same for every step that is tried
 
@@ -57,7 +58,7 @@ class LogProbCall(ScoredCall):
     def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Scored:
         """The distribution with these tensors in it."""
         tensors = self.predictions if predictions is None else predictions
-        return Scored(self._with([widened(t.detach()) for t in tensors]), self.shape)
+        return Scored(self._with([*map(fixed, tensors)]), self.shape)
 
     def weights(self, gradient: Tensor) -> Tensor:
         """|d(objective)/d(log p)|."""
@@ -133,6 +134,11 @@ class LogProbCall(ScoredCall):
         (Eguchi 1983, Second Order Efficiency of Minimum Contrast Estimators, doi 10.1214/aos/
         1176346246). Where the KL is estimated from samples, so is this.
         """
+        base = self.distribution
+        while isinstance(base, Independent):
+            base = base.base_dist
+        if isinstance(base, Laplace):  # whose KL, made of an absolute value, hides its curvature
+            return self._sampled_information(weights, tangents)
         ours, others = (
             [widened(t.detach()).requires_grad_() for t in self.predictions] for _ in range(2)
         )
@@ -149,6 +155,28 @@ class LogProbCall(ScoredCall):
             torch.zeros_like(t) if part is None else -part
             for part, t in zip(parts, others, strict=True)
         ]
+
+    def _sampled_information(self, weights: Tensor, tangents: Sequence[Tensor]) -> list[Tensor]:
+        """Σ_i w_i E[s_i s_iᵀ] t, from samples that are the same in every call."""
+        tensors = self._wide()
+        total = [torch.zeros_like(t) for t in tensors]
+        for seed in range(_DRAWS):
+            y = self.likelihood().sample(seed)
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            with torch.enable_grad():
+                nll = self._nll(y, leaves)  # [terms]
+                dual = torch.zeros_like(nll).requires_grad_()  # sᵀt is linear in it
+                slopes = torch.autograd.grad(
+                    nll, leaves, dual, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+                along = sum(
+                    ((s * t).sum() for s, t in zip(slopes, tangents, strict=True)),
+                    start=nll.new_zeros(()),
+                )
+            (st,) = torch.autograd.grad(along, dual)
+            parts = gradient(tensors, functools.partial(self._nll, y), weights * st)
+            total = [a + part / _DRAWS for a, part in zip(total, parts, strict=True)]
+        return total
 
     def detached(self) -> LogProbCall:
         """The same with detached tensors in the distribution."""

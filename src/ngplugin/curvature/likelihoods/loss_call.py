@@ -165,7 +165,7 @@ class LossCall(ScoredCall):
     def likelihood(self, predictions: tuple[Tensor, ...] | None = None) -> Likelihood:
         """The family at the natural parameters."""
         tensors = self.predictions if predictions is None else predictions
-        return self.family(self.natural(*(widened(t.detach()) for t in tensors)))
+        return self.family(self.natural(*map(fixed, tensors)))
 
     def weights(self, gradient: Tensor) -> Tensor:
         """|d(objective)/d(element)| times the element's mass."""
@@ -261,6 +261,15 @@ def last(shape: torch.Size) -> int:
 def widened(t: Tensor) -> Tensor:
     """In float32 or wider."""
     return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
+def fixed(t: Tensor) -> Tensor:
+    """Detached, in float32 or wider, and not in the memory of a leaf, which a step writes to."""
+    wide, origin = widened(t.detach()), t if t._base is None else t._base
+    if not (origin.is_leaf and origin.requires_grad):
+        return wide
+    shared = wide.untyped_storage().data_ptr() == origin.untyped_storage().data_ptr()
+    return wide.clone() if shared else wide
 
 
 def reduction_of(size_average: bool | None, reduce: bool | None, reduction: str) -> str:

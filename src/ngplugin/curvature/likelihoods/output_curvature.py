@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.likelihoods.likelihood import random_signs
-from ngplugin.curvature.likelihoods.loss_call import widened
+from ngplugin.curvature.likelihoods.loss_call import fixed, widened
 
 Loss = Callable[[Sequence[Tensor]], Tensor]  # outputs -> a scalar
 
@@ -94,7 +94,7 @@ class OutputCurvature:
     def __init__(self, loss: Loss, outputs: Sequence[Tensor], generator: torch.Generator) -> None:
         self._loss = loss
         self._dtypes = [t.dtype for t in outputs]
-        self.outputs = [widened(t.detach()) for t in outputs]
+        self.outputs = [*map(fixed, outputs)]
         leaves = [t.detach().requires_grad_() for t in self.outputs]
         with torch.enable_grad():
             value = self.loss(leaves)
