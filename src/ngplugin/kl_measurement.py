@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ngplugin.curvature.observation import Observation
+from ngplugin.curvature.ranks import mean_over_ranks
 
 
 class KlMeasurement:
@@ -28,12 +29,13 @@ class KlMeasurement:
     def measure(self, observations: Sequence[Observation]) -> tuple[float, float]:
         """The KL, and how far the losses fell: Σ w KL and Σ w (nll_θ - nll_now), unit dispersion.
 
-        Both are in units of the objective.
+        Both are in units of the objective, and of several processes their mean.
         """
         pairs = [pair for observation in observations for pair in observation.replay()]
         kl = torch.stack([loss.kl(now) for loss, now in pairs]).sum()
         reduction = torch.stack([loss.reduction(now) for loss, now in pairs]).sum()
-        return float(kl), float(reduction)
+        total, fall = mean_over_ranks(torch.stack([kl, reduction])).tolist()
+        return total, fall
 
     def possible(self, observations: Sequence[Observation], negligible: float) -> bool:
         """Whether these observations can be measured.

@@ -14,6 +14,7 @@ from ngplugin.curvature.blocks.block import finite
 from ngplugin.curvature.jacobian import CoupledExamples, Jacobian, Layout
 from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.likelihoods.loss_call import FisherRoot, RootedCall
+from ngplugin.curvature.ranks import several_ranks
 
 _CHECKED_STEPS = 3  # whose rows are held against autograd
 _MOST_BYTES = 2**30  # of rows and matrices
@@ -91,6 +92,9 @@ class ExactRows:
             parameters: those to be covered.
         """
         if self.refused is not None:
+            return
+        if several_ranks():
+            self.refuse("the rows of a batch are spread over several processes")
             return
         columns = parameters if self.block is None else self.block.parameters
         columns = [p for p in columns if p.requires_grad]

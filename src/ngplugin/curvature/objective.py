@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from ngplugin.curvature.observation import ScoredLoss
+from ngplugin.curvature.ranks import mean_over_ranks
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,15 @@ class ObjectiveWeight:
     def of(
         scored: Sequence[ScoredLoss], noise_variance: float | Literal["auto"]
     ) -> ObjectiveWeight | None:
-        """Add up; None if the losses weigh nothing or are not finite."""
+        """Add up, averaged over processes; None if the losses weigh nothing or are not finite."""
         if not scored:
             return None
         weights = torch.stack([loss.weights.sum() for loss in scored])
         dispersions = torch.stack([loss.dispersion(noise_variance) for loss in scored])
         squares = torch.stack([loss.weights.square().sum() for loss in scored])
         nlls = torch.stack([loss.nll() for loss in scored])
-        total, nats, square, nll = torch.stack(
-            [weights.sum(), weights @ dispersions, squares.sum(), nlls.sum()]
-        ).tolist()  # the one transfer to the host
+        sums = torch.stack([weights.sum(), weights @ dispersions, squares.sum(), nlls.sum()])
+        total, nats, square, nll = mean_over_ranks(sums).tolist()  # the one transfer to the host
         if not (total > 0 and math.isfinite(nats) and math.isfinite(nll)):
             return None
         # Squared error that is exactly zero has no estimated variance and no step either.

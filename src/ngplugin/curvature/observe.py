@@ -67,8 +67,9 @@ ACTIVE: list[Observer] = []
 
 _OVERWRITTEN = (
     "ngplugin: what `{0}` scored was written to between the loss and backward(), so this step "
-    "gives no Fisher information. Usual cause: a metric that works in place, such as `logits.sigmoid_()` "
-    "or an assignment to `logits.detach()[...]`. Have it work on a clone, or after backward()."
+    "gives no Fisher information. Usual cause: a metric that works in place, such as "
+    "`logits.sigmoid_()` or an assignment to `logits.detach()[...]`. Have it work on a clone, or "
+    "after backward()."
 )
 
 

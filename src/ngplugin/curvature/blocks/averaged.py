@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
+from ngplugin.curvature.ranks import mean_over_ranks
 
 
 class AveragedBlock(Block):
@@ -68,6 +69,7 @@ class AveragedBlock(Block):
         if not added:
             return True
         statistic = self._statistic(added, total_weight)
+        statistic = {name: mean_over_ranks(value) for name, value in statistic.items()}
         if not finite(*statistic.values()):
             return False
         for name, value in statistic.items():
