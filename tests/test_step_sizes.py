@@ -233,5 +233,5 @@ def test_a_step_that_raises_its_own_loss_by_more_than_the_radius_is_shortened():
     assert bound.shrink(0.02, 1.0, rise=0.04) == 0.5
     assert bound.shrink(0.02, 1.0, rise=-math.inf) is None
     bound.calibrate(20, 1.0, 2.0)
-    bound.calibrate(21, 1.0, 2.0, shrunk=True)
+    bound.calibrate(21, 1.0, 2.0, surprise=True)
     assert bound.measurement_due(22)

@@ -34,13 +34,21 @@ def test_the_radius_is_cut_where_the_prediction_is_nearer_than_half_a_nat(nll, s
     assert bound.radius(0.5) == pytest.approx(0.03 * share / 4)
 
 
+def test_no_radius_is_larger_than_the_distance_from_the_data():
+    bound = TrustRegion(3.0)
+    for nll in (9.0, 0.6):
+        bound = TrustRegion(3.0)
+        bound.see_loss(nll)
+        assert bound.radius(0.5) == pytest.approx(min(3.0, nll) / 4)
+
+
 def test_the_loss_seen_is_smoothed_but_falls_as_fast_as_the_loss():
-    bound = TrustRegion(1.0)
+    bound = TrustRegion(0.1)
     for nll in (0.2, 0.4):
         bound.see_loss(nll)
-    assert bound.radius(1.0) == pytest.approx((2 * 0.3) ** 1.1)
+    assert bound.radius(1.0) == pytest.approx(0.1 * (2 * 0.3) ** 1.1)
     bound.see_loss(1e-6)
-    assert bound.radius(1.0) == pytest.approx((2 * 2e-6) ** 1.1)
+    assert bound.radius(1.0) == pytest.approx(0.1 * (2 * 2e-6) ** 1.1)
 
 
 @given(positive, st.floats(1e-3, 1.0), positive, positive)

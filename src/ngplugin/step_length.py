@@ -20,6 +20,7 @@ from ngplugin.solver import Metric
 from ngplugin.trust_region import StepBound
 
 _MOST_SHRINKS = 4
+_POOR = 0.25  # reduction ratio below which a step says that the next one is to be looked at
 _MOST_SEARCHED = 4  # lengths of a line search
 _FARTHEST = 4.0  # times the last length that was tried
 _NEAR = math.log(1.1)  # another length is not worth a forward pass
@@ -138,8 +139,10 @@ class StepLength:
             kl = divergence / model.nats
             factor = self._bound.shrink(kl, schedule, -reduction / model.nats)
             if factor is None:
-                self._bound.calibrate(step, scale**2 * model.q, kl, shrunk=shrinks > 0)
-                return Applied(scale, kl, reduction, shrinks)
+                applied = Applied(scale, kl, reduction, shrinks)
+                surprise = shrinks > 0 or (applied.ratio(model) or 0.0) < _POOR
+                self._bound.calibrate(step, scale**2 * model.q, kl, surprise)
+                return applied
             restore(moves, before)
             # Far out the KL saturates, and says too little of how much too long the step is.
             tried, scale = scale, scale * factor * 0.5**shrinks

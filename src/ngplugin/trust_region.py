@@ -51,8 +51,17 @@ class StepBound(ABC):
         """What to multiply a step by whose KL is `measured` to use all that is allowed."""
 
     @abstractmethod
-    def calibrate(self, step: int, predicted: float, measured: float, shrunk: bool = False) -> None:
-        """Learn from one measurement of an applied step, and whether it was shortened before."""
+    def calibrate(
+        self, step: int, predicted: float, measured: float, surprise: bool = False
+    ) -> None:
+        """Learn from one measurement of an applied step.
+
+        Args:
+            step: its number.
+            predicted: its KL by ½ΔᵀFΔ/Σw.
+            measured: its KL.
+            surprise: it had to be shortened, or the loss did not fall as it should.
+        """
 
     @abstractmethod
     def distrust(self) -> None:
@@ -137,7 +146,9 @@ class NoTrustRegion(StepBound):
         """No limit."""
         return math.inf
 
-    def calibrate(self, step: int, predicted: float, measured: float, shrunk: bool = False) -> None:
+    def calibrate(
+        self, step: int, predicted: float, measured: float, surprise: bool = False
+    ) -> None:
         """Nothing to learn."""
 
     def distrust(self) -> None:
@@ -169,7 +180,8 @@ class TrustRegion(StepBound):
     loss, and what one batch's steps do to examples that are not in it would never average out: on
     small data sets the loss then stays at 1e-3 and jumps, or blows up; with 1.1 it falls on, with
     5/4 ten times more slowly. For squared error under its own estimated variance D is 1, and
-    nothing of this applies.
+    nothing of this applies. No radius is larger than ½D: the prediction is no further from the
+    data than that.
 
     The radius follows the square of the learning-rate schedule because KL is quadratic in the
     step: an active bound cancels the learning rate, and would cancel its schedule with it.
@@ -213,9 +225,11 @@ class TrustRegion(StepBound):
         return 1.0 if self._log_ratio is None else max(1.0, math.exp(self._log_ratio))
 
     def radius(self, schedule: float) -> float:
-        """kl_radius · min(1, 2 nll)^1.1 · schedule²."""
-        deviance = 1.0 if self._nll is None else min(1.0, 2 * self._nll)
-        return float(self._kl_radius * deviance**_CAUTION * schedule**2)
+        """min(kl_radius · min(1, 2 nll)^1.1, nll) · schedule²."""
+        if self._nll is None:
+            return float(self._kl_radius * schedule**2)
+        cautious = self._kl_radius * min(1.0, 2 * self._nll) ** _CAUTION
+        return float(min(cautious, self._nll) * schedule**2)
 
     def scale(self, predicted: float, schedule: float) -> float:
         """min(1, √(⅔ radius / (c q)))."""
@@ -237,7 +251,9 @@ class TrustRegion(StepBound):
         """√(⅔ radius / measured)."""
         return math.sqrt(_AIM * self.radius(schedule) / measured)
 
-    def calibrate(self, step: int, predicted: float, measured: float, shrunk: bool = False) -> None:
+    def calibrate(
+        self, step: int, predicted: float, measured: float, surprise: bool = False
+    ) -> None:
         """Move log c half-way to log(measured/predicted), all the way if that is larger.
 
         Trusting too long a step costs more than taking one that is too short. A KL that is no
@@ -253,7 +269,7 @@ class TrustRegion(StepBound):
         known = self._log_ratio
         # Less than expected is no danger, and is made up for half-way.
         agrees = known is not None and observed - known < self._agreement
-        self._measurements.done(step, agrees and not shrunk)
+        self._measurements.done(step, agrees and not surprise)
         if known is None or observed > known:
             self._log_ratio = observed
         else:
