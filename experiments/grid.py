@@ -35,8 +35,8 @@ RADII = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # nats per term
 DAMPINGS = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)  # of each factor's mean eigenvalue
 STEPS = {
     "digits_mlp": 40,
-    "mnist5k_cnn": 20,
-    "autoencoder": 12,
+    "mnist5k_cnn": 15,
+    "autoencoder": 10,
     "implicit_image": 25,
     "char_transformer": 12,
 }

@@ -207,3 +207,26 @@ def test_an_optimizer_asks_for_what_it_learns_from_and_saves_it(structure):
     other = make()
     other.load_state_dict(optimizer.state_dict())
     assert other._engine._damping(0) == optimizer._engine._damping(0)
+
+
+# -- Levenberg-Marquardt ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ratio", "factor"),
+    [(1.3, 0.1), (0.91, 0.1), (0.9, 0.5), (0.51, 0.5), (0.5, 1.0), (0.26, 1.0), (0.25, 2.0),
+     (0.01, 2.0), (0.0, 2.0), (-5.0, 2.0), (None, 1.0)],
+)  # fmt: skip
+def test_damping_falls_the_faster_the_better_the_model(ratio, factor):
+    damping = LevenbergMarquardt(start=1.0)
+    damping.see(ratio)
+    assert damping(0) == pytest.approx(factor)
+
+
+def test_failures_in_a_row_raise_damping_faster_and_a_success_ends_the_row():
+    damping = LevenbergMarquardt(start=1.0)
+    values = []
+    for ratio in (-1.0, -1.0, -1.0, 0.3, -1.0):
+        damping.see(ratio)
+        values.append(damping(0))
+    assert values == [2.0, 8.0, 64.0, 64.0, 128.0]
