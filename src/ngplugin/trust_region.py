@@ -18,6 +18,7 @@ from typing import Any
 
 _UNMEASURED = 300.0  # measured over predicted KL, where it cannot be measured
 _CAUTION = 1.1  # power of the deviance; chosen by runs of experiments/compare.py
+_LARGE = 0.1  # nats per term: a radius beyond which no prediction is to be relied upon
 _AIM = 2 / 3  # share of the radius that a step is meant to use
 
 
@@ -99,9 +100,10 @@ class Measurements:
         self._interval = 1  # steps to the next one
         self._next = 0  # the step at which it is due
 
-    def due(self, step: int) -> bool:
-        """Whether this step's KL is to be measured."""
-        return self._every is not None and (step < self._first or step >= self._next)
+    def due(self, step: int, always: bool) -> bool:
+        """Whether this step's KL is to be measured; on every step if `always`, if on any."""
+        due = always or step < self._first or step >= self._next
+        return self._every is not None and due
 
     def done(self, step: int, expected: bool) -> None:
         """Learn that one was made, and whether it was as expected."""
@@ -239,12 +241,12 @@ class TrustRegion(StepBound):
     def shrink(self, measured: float, schedule: float, rise: float = 0.0) -> float | None:
         """√(⅔ radius / measured), or a tenth where that is no number, if measured is too large.
 
-        A half if it is not, but the batch's own loss rose by more than the radius. Momentum may
-        well raise a batch's loss, by less than that.
+        A half if it is not, but the batch's own loss rose by more than the radius, or by a tenth of
+        a nat. Momentum may well raise a batch's loss, by less than that.
         """
         radius = self.radius(schedule)
         if measured <= radius:
-            return 0.5 if rise > radius else None
+            return 0.5 if rise > min(radius, _LARGE) else None
         return math.sqrt(_AIM * radius / measured) if math.isfinite(measured) else 0.1
 
     def room(self, measured: float, schedule: float) -> float:
@@ -285,8 +287,11 @@ class TrustRegion(StepBound):
             self._log_ratio = math.log(_UNMEASURED)
 
     def measurement_due(self, step: int) -> bool:
-        """On each of the first steps, then as often as the calibration needs it."""
-        return self._measurements.due(step)
+        """On each of the first steps, then as often as the calibration needs it.
+
+        On every step while the radius is above a tenth of a nat.
+        """
+        return self._measurements.due(step, always=self.radius(1.0) > _LARGE)
 
     def state_dict(self) -> dict[str, Any]:
         """The calibration, the running loss and when to measure next."""
