@@ -93,7 +93,7 @@ def test_a_schedule_s_bad_value_names_its_step():
 def test_levenberg_marquardt_follows_the_reduction_ratio():
     damping = LevenbergMarquardt(start=1.0, least=0.2, most=30.0)
     for ratio, expected in [
-        (0.9, 0.5),
+        (0.7, 0.5),
         (0.4, 0.5),
         (0.1, 1.0),
         (-1.0, 2.0),  # faster and faster while it fails
