@@ -140,7 +140,7 @@ class NaturalGradientOptimizer(Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.0,
         kl_radius: float | None = 0.05,
-        measure_every: int | None = 8,
+        measure_every: int | None = 6,
         step_size: StepSize = "bounded",
         layer_balance: LayerBalance = "balanced",
         damping: Damping = "auto",

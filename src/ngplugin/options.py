@@ -39,7 +39,7 @@ class Options:
     momentum: float = 0.9
     nesterov: bool = True
     kl_radius: float | None = 0.05
-    measure_every: int | None = 8
+    measure_every: int | None = 6
     step_size: StepSize = "bounded"
     layer_balance: LayerBalance = "balanced"
     damping: Damping = "auto"

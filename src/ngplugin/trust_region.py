@@ -18,7 +18,7 @@ from typing import Any
 
 _UNMEASURED = 300.0  # measured over predicted KL, where it cannot be measured
 _CAUTION = 1.1  # power of the deviance; chosen by runs of experiments/compare.py
-_LARGE = 0.1  # nats per term: a radius beyond which no prediction is to be relied upon
+_LARGE = 0.05  # nats per term: a radius beyond which no prediction is to be relied upon
 _AIM = 2 / 3  # share of the radius that a step is meant to use
 
 
@@ -86,9 +86,9 @@ class Measurements:
 
     While measurements agree with what was expected, the number of steps between them doubles up to
     `every`; after a surprise the next step is measured too. A measurement is one forward pass more,
-    a third to a half of a plain step, so `every=8` costs 4 to 6 % of one. With the first steps, the
-    surprises and the steps that are tried again it was 4 to 9 % of the training time of the tasks
-    in `experiments/`; with 5 it was up to 12 %.
+    a third to a half of a plain step, so `every=6` costs 6 to 8 % of one. With the first steps, the
+    surprises and the steps that are tried again it was 4 to 12 % of the training time of the tasks
+    in `experiments/` with 5, and up to 9 % with 8, which recovers more slowly from a bad start.
 
     Args:
         every: the most steps between two; None for no measurement at all.
@@ -200,7 +200,7 @@ class TrustRegion(StepBound):
     def __init__(
         self,
         kl_radius: float,
-        measure_every: int | None = 8,
+        measure_every: int | None = 6,
         measure_first: int = 10,
         agreement: float = 2.5,
     ) -> None:
@@ -242,8 +242,8 @@ class TrustRegion(StepBound):
     def shrink(self, measured: float, schedule: float, rise: float = 0.0) -> float | None:
         """√(⅔ radius / measured), or a tenth where that is no number, if measured is too large.
 
-        A half if it is not, but the batch's own loss rose by more than the radius, or by a tenth of
-        a nat. Momentum may well raise a batch's loss, by less than that.
+        A half if it is not, but the batch's own loss rose by more than the radius, or than 0.05
+        nats. Momentum may well raise a batch's loss, by less than that.
         """
         radius = self.radius(schedule)
         if measured <= radius:
@@ -290,7 +290,7 @@ class TrustRegion(StepBound):
     def measurement_due(self, step: int) -> bool:
         """On each of the first steps, then as often as the calibration needs it.
 
-        On every step while the radius is above a tenth of a nat.
+        On every step while the radius is above 0.05 nats.
         """
         return self._measurements.due(step, always=self.radius(1.0) > _LARGE)
 
