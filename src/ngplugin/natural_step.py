@@ -321,6 +321,10 @@ class NaturalGradientStep:
                 block.momentum = max(g.momentum for g in groups) if retries and not trial else 0.0
             moves = self._propose(groups, averaged, metric)
             model = model_of(moves, metric, self._weight) if moves else Model()
+            if block is not None and block.momentum > 0 and model.gg == 0:
+                block.momentum = 0.0  # nothing to go on for
+                moves = self._propose(groups, averaged, metric)
+                model = model_of(moves, metric, self._weight) if moves else Model()
             if not (moves and self.steps >= self.options.burn_in and model.finite()):
                 break
             # Without a gradient there is no fall to be had, however much damping there is.
