@@ -178,7 +178,9 @@ class ExactBlock(Block):
         rho = math.sqrt(self.total_weight) * self._residual
         rest = g - self._RT(rho)
         norm, left_over = torch.stack([g.norm(), rest.norm()]).tolist()
-        self.remainder = left_over / norm if norm > 0 else float(left_over > 0)
+        if norm == 0:  # said outright: with rows of an earlier batch and a small λ rounding would not
+            return torch.zeros_like(g)
+        self.remainder = left_over / norm
         if carried is not None:
             rho = rho - self._R(carried)
         z = self._solve(rho)
