@@ -19,6 +19,7 @@ from typing import Any
 _UNMEASURED = 300.0  # measured over predicted KL, where it cannot be measured
 _CAUTION = 1.1  # power of the deviance; chosen by runs of experiments/compare.py
 _LARGE = 0.05  # nats per term: a radius beyond which no prediction is to be relied upon
+_RISE = 0.01  # nats per term that a step of such a radius may raise its own loss by
 _AIM = 2 / 3  # share of the radius that a step is meant to use
 
 
@@ -205,6 +206,7 @@ class TrustRegion(StepBound):
         agreement: float = 2.5,
     ) -> None:
         self._kl_radius = float(kl_radius)
+        self._large = kl_radius > _LARGE
         self._measurements = Measurements(measure_every, measure_first)
         self._agreement = math.log(agreement)
         self._nll: float | None = None  # running, nats per term
@@ -242,12 +244,12 @@ class TrustRegion(StepBound):
     def shrink(self, measured: float, schedule: float, rise: float = 0.0) -> float | None:
         """√(⅔ radius / measured), or a tenth where that is no number, if measured is too large.
 
-        A half if it is not, but the batch's own loss rose by more than the radius, or than 0.05
-        nats. Momentum may well raise a batch's loss, by less than that.
+        A half if it is not, but the batch's own loss rose by more than the radius, or by more than
+        0.01 nats if `kl_radius` is above 0.05. Momentum may well raise a batch's loss, by less.
         """
         radius = self.radius(schedule)
         if measured <= radius:
-            return 0.5 if rise > min(radius, _LARGE) else None
+            return 0.5 if rise > (min(radius, _RISE) if self._large else radius) else None
         return math.sqrt(_AIM * radius / measured) if math.isfinite(measured) else 0.1
 
     def room(self, measured: float, schedule: float) -> float:
@@ -290,9 +292,9 @@ class TrustRegion(StepBound):
     def measurement_due(self, step: int) -> bool:
         """On each of the first steps, then as often as the calibration needs it.
 
-        On every step while the radius is above 0.05 nats.
+        On every step if `kl_radius` is above 0.05 nats.
         """
-        return self._measurements.due(step, always=self.radius(1.0) > _LARGE)
+        return self._measurements.due(step, always=self._large)
 
     def state_dict(self) -> dict[str, Any]:
         """The calibration, the running loss and when to measure next."""

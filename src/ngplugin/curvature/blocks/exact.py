@@ -178,7 +178,7 @@ class ExactBlock(Block):
         rho = math.sqrt(self.total_weight) * self._residual
         rest = g - self._RT(rho)
         norm, left_over = torch.stack([g.norm(), rest.norm()]).tolist()
-        if norm == 0:  # said outright: with rows of an earlier batch and a small λ rounding would not
+        if norm == 0:  # with rows of an earlier batch and a small λ, rounding would not say so
             return torch.zeros_like(g)
         self.remainder = left_over / norm
         if carried is not None:
