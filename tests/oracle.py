@@ -163,7 +163,7 @@ def dense_average(block: Block) -> Tensor:
     if isinstance(block, EigenBlock) and block.inverted:
         return eigen_dense(block, block.average("M"))
     assert isinstance(block, KroneckerProductBlock)
-    return kronecker_dense(block, *block._averaged_factors())
+    return kronecker_dense(block, *block.averaged_factors())
 
 
 def units_dense(units: Tensor) -> Tensor:
@@ -213,13 +213,15 @@ def equal_eigenvalues(X: Tensor) -> Tensor:
 
 def sample_sizes(block: KroneckerProductBlock) -> list[tuple[float, float]]:
     """On how many rows A and G rest, for each group."""
-    A, G = block._averaged_factors()
-    count = block.effective_count("A")
+    A, G = block.averaged_factors()
+    count = block.effective_count(next(iter(block._averages)))
     if isinstance(block, GradientKroneckerBlock):
         a, g = (torch.diag(X[0]) if X.dim() == 2 else X[0] for X in (A, G))
         draws = count * float(block.average("draws"))
         return [(draws * float(equal_eigenvalues(g)), draws * float(equal_eigenvalues(a)))]
-    rows = [count * float(n) for n in block.average("rows").reshape(-1)]
+    names = [name for name in block._averages if name.endswith("rows")]
+    counted = sum(block.average(name) for name in names)  # of a weight that is used in two ways
+    rows = [count * float(n) for n in counted.reshape(-1)]
     return [(n, torch.inf if isinstance(block, HalfDiagonalBlock) else n) for n in rows]
 
 
@@ -237,7 +239,7 @@ def dense_damped(
         more = value * own.mean() + 2 * sampling / n * own if mode == "relative" else value
         return F + more * torch.eye(len(F)).to(F)
     assert isinstance(block, KroneckerProductBlock)
-    averages = block._averaged_factors()
+    averages = block.averaged_factors()
     sizes = [1 if X.dim() == 2 else X.shape[-1] for X in averages]
     shares = [
         [value + sampling * size / n for size, n in zip(sizes, rows, strict=True)]
@@ -259,7 +261,7 @@ def dense_damped(
             pi = (tr_a / tr_g).sqrt()
             more_a, more_g = pi * value**0.5, value**0.5 / pi
         if isinstance(block, HalfDiagonalBlock):
-            more_g = more_g + float(block.average("row"))
+            more_g = more_g + float(block._rare())
         factors.append((a + more_a * torch.eye(len(a)).to(a), g + more_g * torch.eye(len(g)).to(g)))
     A, G = (torch.stack(X) for X in zip(*factors, strict=True))
     return kronecker_dense(block, A, G)

@@ -14,7 +14,7 @@ ROOT = Path(ngplugin.__file__).parent
 # From the ground up. What shares a floor may not import each other, unless it is one package.
 FLOORS = [
     {"errors"},
-    {"curvature.random_state", "curvature.subclasses", "curvature.ranks"},
+    {"curvature.random_state", "curvature.subclasses", "curvature.ranks", "curvature.dependence"},
     {"curvature.recorded_call"},
     {
         "curvature.likelihoods",
@@ -30,6 +30,7 @@ FLOORS = [
     {"curvature.score_backward", "curvature.matrix_free", "curvature.uses"},
     {"curvature.observe", "curvature.jacobian"},
     {"curvature.block_choice", "curvature.exact_rows"},
+    {"curvature.sharing"},
     {"curvature.fisher", "curvature.objective"},
     {"curvature"},
     {

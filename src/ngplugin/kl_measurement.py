@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ngplugin.curvature.observation import Observation
-from ngplugin.curvature.ranks import mean_over_ranks
+from ngplugin.curvature.ranks import all_ranks, mean_over_ranks
 
 
 class KlMeasurement:
@@ -37,6 +37,12 @@ class KlMeasurement:
         total, fall = mean_over_ranks(torch.stack([kl, reduction])).tolist()
         return total, fall
 
+    def _settle(self, observations: Sequence[Observation]) -> None:
+        """Find an obstacle, in whatever process it is."""
+        obstacle = next((o.tape.obstacle for o in observations if o.tape.obstacle), None)
+        if not all_ranks(obstacle is None, observations[0].tape.device):
+            self.obstacle = obstacle or "another process cannot run its forward pass again"
+
     def possible(self, observations: Sequence[Observation], negligible: float) -> bool:
         """Whether these observations can be measured.
 
@@ -45,8 +51,7 @@ class KlMeasurement:
             negligible: Σ w KL up to which a replay counts as giving the same prediction.
         """
         if self.obstacle is None:
-            obstacles = (o.tape.obstacle for o in observations)
-            self.obstacle = next((text for text in obstacles if text), None)
+            self._settle(observations)
             if self.obstacle is None and not self._tried:
                 self._tried = True
                 kl, _ = self.measure(observations)

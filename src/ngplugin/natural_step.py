@@ -18,8 +18,9 @@ from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
-from ngplugin.curvature.observe import Observer
+from ngplugin.curvature.observe import LossScaler, Observer
 from ngplugin.curvature.parameter_vector import dot, total
+from ngplugin.curvature.ranks import rank
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
@@ -83,36 +84,43 @@ class NaturalGradientStep:
         self._refreshed_damping = math.nan  # λ of the blocks as they are
         self._condition: Condition | None = None
         self._condition_step = -1
+        self._statistics_step = -1  # the last that gave statistics
         self._observer: Observer | None = None  # while a training step is being watched
         self._observations: list[Observation] = []  # of the step that is being made up
         self._last_time = time.perf_counter()
 
     # -- observing -----------------------------------------------------------------------------
 
-    def observe(self, parameters: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    def observe(
+        self, parameters: Sequence[Tensor], scaler: LossScaler | None = None
+    ) -> AbstractContextManager[Any]:
         """A context for a forward pass; does nothing where nothing is needed from it."""
-        options = self.options
-        needless = options.structure == "identity" and options.kl_radius is None
-        statistics = self._statistics_due()
-        measure = self._solver.needs_tape or self._bound.measurement_due(self.steps)
-        measure = measure or self._steers_damping() is not None
-        measure = measure or options.step_size == "line-search"
-        if self._observer or needless or not (statistics or measure):
+        statistics, record = self._due()
+        if self._observer or not parameters or not (statistics or record):
             return contextlib.nullcontext()
-        return self._watch(parameters, statistics, measure)
+        return self._watch(parameters, scaler)
+
+    def _due(self) -> tuple[bool, bool]:
+        """Whether this step is to give statistics of F, and whether it is to be recorded."""
+        options = self.options
+        if options.structure == "identity" and options.kl_radius is None:
+            return False, False
+        record = self._solver.needs_tape or self._bound.measurement_due(self.steps)
+        record = record or self._steers_damping() is not None
+        return self._statistics_due(), record or options.step_size == "line-search"
 
     @contextlib.contextmanager
-    def _watch(
-        self, parameters: Sequence[Tensor], statistics: bool, measure: bool
-    ) -> Iterator[None]:
+    def _watch(self, parameters: Sequence[Tensor], scaler: LossScaler | None) -> Iterator[None]:
         self.fisher.parameters = [*parameters]
+        statistics, record = self._due()
         observer = Observer(
             parameters,
             self.fisher if statistics else None,
-            measure,
+            record,
             self.options.fisher,
             self.options.draws,
             self._random(parameters[0].device),
+            scaler,
         )
         self._observer = observer
         self._observations.append(observer.observation)
@@ -122,6 +130,22 @@ class NaturalGradientStep:
         finally:
             self._observer = None
 
+    def zeroed(self) -> None:
+        """Drop what was learnt along with gradients that were now zeroed, and no step used.
+
+        A forward pass that was observed but not yet differentiated still counts, since gradients
+        are usually zeroed between the two.
+        """
+        if not self._observations:
+            return
+        for observation in self._observations[:-1]:  # the last may be that of an open region
+            if observation.spent:
+                observation.release()
+                self._observations.remove(observation)
+        for observation in self._observations:
+            observation.forget_scores()
+        self.fisher.discard()
+
     def forget(self) -> None:
         """Drop what was observed of a step that will not be made."""
         for observation in self._observations:
@@ -130,8 +154,10 @@ class NaturalGradientStep:
         self.fisher.discard()
 
     def _statistics_due(self) -> bool:
-        first = max(_FIRST_STEPS, self.options.burn_in)
-        usual = self.steps < first or self.steps % self.options.statistics_every == 0
+        """On each of the first steps, and once in every so many; not all may be seen."""
+        every = self.options.statistics_every
+        usual = self.steps < max(_FIRST_STEPS, self.options.burn_in)
+        usual = usual or self.steps // every > self._statistics_step // every
         return usual or self._exact_block() is not None or not self._knows_curvature()
 
     def _exact_block(self) -> ExactBlock | None:
@@ -150,7 +176,9 @@ class NaturalGradientStep:
 
     def _random(self, device: torch.device) -> torch.Generator:
         if self._generator is None:
-            self._generator = torch.Generator(device).manual_seed(self.options.seed)
+            # Each of several processes draws for itself.
+            seed = self.options.seed + rank()
+            self._generator = torch.Generator(device).manual_seed(seed)
         return self._generator
 
     # -- stepping ------------------------------------------------------------------------------
@@ -168,15 +196,12 @@ class NaturalGradientStep:
         """
         started = time.perf_counter()
         observations, self._observations = self._observations, []
-        watching: AbstractContextManager[Any] = contextlib.nullcontext()
-        if self._observer:  # a step in the middle of a watched region: what follows is new
-            watching = self._observer.paused()
-            self._observations.append(self._observer.restart())
         if all(p.grad is None for group in groups for p in group.parameters):
             self.fisher.discard()
+            self._watch_on()
             return
         make_dense(groups)
-        with watching:
+        with self._observer.paused() if self._observer else contextlib.nullcontext():
             damping = damping_at(self._damping, self.steps)
             rule = self._rule(damping)
             finite = _gradients_are_finite(groups)
@@ -221,11 +246,22 @@ class NaturalGradientStep:
         self.steps += 1
         self._last_time = now
         self._check.see(self.report.reduction_ratio)
+        self._watch_on()
+
+    def _watch_on(self) -> None:
+        """Begin anew after a step in the middle of a watched region."""
+        if self._observer:
+            statistics, record = self._due()
+            sink = self.fisher if statistics else None
+            self._observations.append(self._observer.restart(sink, record))
 
     def _weigh(self, observations: Sequence[Observation]) -> ObjectiveWeight | None:
         """What the observed objective weighs, None if nothing; the bound learns of it."""
+        if not observations:
+            return None
         scored = [loss for observation in observations for loss in observation.scored]
-        weight = ObjectiveWeight.of(scored, self._worth.noise_variance)
+        device = observations[0].tape.device
+        weight = ObjectiveWeight.of(scored, self._worth.noise_variance, device)
         if weight is not None:
             self._weight = weight = self._worth.see(weight)
             self._bound.see_loss(weight.nll)
@@ -250,7 +286,8 @@ class NaturalGradientStep:
         names = (loss.call.name for loss in scored)
         self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
         dropped = int(bool(scored) and weight is None)
-        if weight is not None and self._statistics_due():
+        if weight is not None and any(o.counted for o in observations):
+            self._statistics_step = self.steps
             dropped += self.fisher.fold(weight.total, options.decay)
             if not dropped:
                 self._fold_empirical(groups, weight)
@@ -412,6 +449,7 @@ class NaturalGradientStep:
             "nat_worth": self._worth.state_dict(),
             "condition": condition and (condition.undamped, condition.damped),
             "condition_step": self._condition_step,
+            "statistics_step": self._statistics_step,
         }
 
     def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> bool:
@@ -431,11 +469,15 @@ class NaturalGradientStep:
             steering.load_state_dict(state["damping"])
         self._refreshed_damping = float(state.get("refreshed_damping", math.nan))
         if state["generator"] is not None:
-            self._random(parameters[0].device).set_state(state["generator"].cpu())
+            generator = self._random(parameters[0].device)
+            generator.set_state(state["generator"].cpu())
+            if rank() > 0:  # the state is the first process's, and each draws for itself
+                generator.manual_seed(generator.initial_seed() + rank() + self.steps)
         self._weight = ObjectiveWeight(*state["weight"])
         self._worth.load_state_dict(state.get("nat_worth", {}))
         self._condition = state["condition"] and Condition(*state["condition"])
         self._condition_step = int(state["condition_step"])
+        self._statistics_step = int(state.get("statistics_step", self.steps - 1))
         return True
 
 

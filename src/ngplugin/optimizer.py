@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ngplugin.coverage import coverage_of
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
-from ngplugin.curvature.observe import FisherKind
+from ngplugin.curvature.observe import FisherKind, LossScaler
 from ngplugin.curvature.products import Products
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
@@ -229,14 +229,26 @@ class NaturalGradientOptimizer(Optimizer):
         """The last step in numbers; None before the first."""
         return self._engine.report
 
-    def observe(self) -> AbstractContextManager[Any]:
+    def observe(self, scaler: LossScaler | None = None) -> AbstractContextManager[Any]:
         """A context for the forward pass of one batch, or of one micro-batch.
 
         Inside an `observe()` of the same optimizer, or on a step that needs nothing from it, it
-        does nothing. The backward pass may be inside or after it.
+        does nothing. The backward pass may be inside or after it, and so may steps.
+
+        Args:
+            scaler: a `torch.amp.GradScaler` that multiplies the loss before the backward pass.
         """
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return self._engine.observe(trainable)
+        return self._engine.observe(trainable, scaler)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Zero the gradients, and forget what was learnt along with them if no step used it.
+
+        Args:
+            set_to_none: see `torch.optim.Optimizer.zero_grad`.
+        """
+        super().zero_grad(set_to_none)
+        self._engine.zeroed()
 
     def forget_observations(self) -> None:
         """Drop what was observed since the last step, which will not be made."""

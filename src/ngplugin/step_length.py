@@ -13,6 +13,7 @@ from ngplugin.curvature.blocks import ExactBlock
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation
 from ngplugin.curvature.parameter_vector import dot, total
+from ngplugin.curvature.ranks import all_ranks, mean_over_ranks
 from ngplugin.geodesic_acceleration import accelerated
 from ngplugin.kl_measurement import KlMeasurement
 from ngplugin.move import Move, move, restore
@@ -80,7 +81,7 @@ def model_of(moves: Sequence[Move], metric: Metric, weight: ObjectiveWeight) -> 
         ]
     )
     # The one transfer to the host.
-    q, slope, gg, dd, gd = numbers.tolist()
+    q, slope, gg, dd, gd = mean_over_ranks(numbers).tolist()
     return Model(q, slope, gg, dd, gd, weight.nats)
 
 
@@ -111,8 +112,14 @@ class StepLength:
         self._measurement = KlMeasurement()
 
     def measurable(self, observations: Sequence[Observation], nats: float) -> list[Observation]:
-        """The observations to measure with, empty where the KL cannot be measured."""
-        taped = [o for o in observations if o.recorded and o.scored]
+        """The observations to measure with, empty where the KL cannot be measured.
+
+        Nor can it in any process, where that of one has nothing to measure.
+        """
+        recorded = [o for o in observations if o.recorded]
+        taped = [o for o in recorded if o.scored]
+        if recorded and not all_ranks(bool(taped), recorded[0].tape.device):
+            return []
         negligible = 1e-3 * self._bound.radius(1.0) * nats
         if not taped or self._measurement.possible(taped, negligible):
             return taped

@@ -89,13 +89,13 @@ def test_the_blocks_are_those_of_the_projections_written_out(kind, weight_sharin
     open_, _ = observe([*pieces, *offsets, *layer.out_proj.parameters()], plain, rule=rule)
     block = hidden.block(layer.in_proj_weight)
     for i, w in enumerate(pieces):
-        A, G = (open_.block(w).average(name)[0] for name in "AG")
+        A, G = (X[0] for X in open_.block(w).averaged_factors())
         if kind == "self":
-            torch.testing.assert_close(block.average("A")[0], A)
+            torch.testing.assert_close(block.averaged_factors()[0][0], A)
             G_packed = block.average("G")[0]
             torch.testing.assert_close(G_packed[4 * i : 4 * i + 4, 4 * i : 4 * i + 4], G)
         else:
-            torch.testing.assert_close(block.average("A")[i], A)
+            torch.testing.assert_close(block.averaged_factors()[0][i], A)
             torch.testing.assert_close(block.average("G")[i], G)
     torch.testing.assert_close(
         dense_average(hidden.block(layer.out_proj.weight)),
@@ -149,7 +149,7 @@ def test_rows_of_the_whole_are_divided_among_the_pieces():
     block.fold(1.0, 0.0)
     for i in range(3):
         g = score[:, 2 * i : 2 * i + 2]
-        torch.testing.assert_close(block.average("A")[i], x.T @ x / 5)
+        torch.testing.assert_close(block.averaged_factors()[0][i], x.T @ x / 5)
         torch.testing.assert_close(block.average("G")[i], g.T @ g)
     assert not block.takes(read_map_call(F.linear, (x, weight[:1]), {}))
     assert not block.takes(read_map_call(F.linear, (randn(5, 6), weight.T), {}))

@@ -129,9 +129,12 @@ every_damping = pytest.mark.parametrize("damping", DAMPINGS, ids=str)
 def statistic(block, factor):
     """Make the next fold's statistic the present average, but `factor` times as large."""
     averages = {name: block.average(name) for name in block._averages}
-    name = next(name for name in ("F", "M", "G") if name in averages)
+    first = next((name for name in ("F", "M", "G") if name in averages), None)
+    names = {first} if first else {"looked up M", "multiplied v"}
     block._added = averages
-    block._statistic = lambda added, _: {**added, name: factor * added[name]}
+    block._statistic = lambda added, _: {
+        name: factor * value if name in names else value for name, value in added.items()
+    }
     if isinstance(block, GradientKroneckerBlock):  # either trace is that of F
         block._statistic = lambda added, _: {
             key: added[key] if key == "draws" else factor * added[key] for key in added
@@ -266,7 +269,7 @@ def test_a_failed_factorization_keeps_the_old_inverse(eigenvalue):
     assert block.refresh(BlockDamping(0.1))
     v = vectors(block)
     before = flat(block.precondition(v)[0])
-    block._averages["A"]._sum.zero_()[0].fill_diagonal_(eigenvalue)
+    block._averages["inputs"]._sum.zero_()[0].fill_diagonal_(eigenvalue)
     assert not block.refresh(BlockDamping(0.0))
     assert torch.equal(flat(block.precondition(v)[0]), before)
 
@@ -277,7 +280,7 @@ def test_a_matrix_that_is_singular_in_float32_is_factorized_in_float64():
     A = torch.tensor([[[1.0, a], [a, a * a]]])
     assert float(A[0, 1, 1]) > a * a
     block = KroneckerBlock(nn.Parameter(torch.randn(1, 2)), None, 1)
-    block._added = {"A": A, "rows": torch.ones(1, 1, 1), "G": torch.ones(1, 1, 1)}
+    block._added = {"inputs": A, "rows": torch.ones(1, 1, 1), "G": torch.ones(1, 1, 1)}
     block.fold(1.0, 0.0)
     assert block.refresh(BlockDamping(0.0))
     inverse = block.factors[0].inverse

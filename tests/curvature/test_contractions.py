@@ -265,6 +265,6 @@ def test_an_expert_that_no_row_went_to_keeps_its_average_of_inputs_and_loses_sco
             block.add_map_score(observation.maps[0][0], randn(5, 3, seed=3), 1.0)
         block.fold(1.0, 0.5)
     for e in range(2):
-        torch.testing.assert_close(block.average("A")[e], x.T @ x / 5)
+        torch.testing.assert_close(block.averaged_factors()[0][e], x.T @ x / 5)
     used, unused = (G.trace() for G in block.average("G"))
     torch.testing.assert_close(unused, used / 3)

@@ -156,7 +156,7 @@ def test_a_new_basis_takes_the_matrix_over_as_its_diagonal_there():
     fisher, _, _ = twice_observed(perceptron(), randn(7, 3, seed=1), EIGEN)
     block = fisher.blocks[0]
     before = dense_average(block)
-    block._averages["A"]._sum += torch.diag_embed(randn(1, 4, seed=5).abs())
+    block._averages["inputs"]._sum += torch.diag_embed(randn(1, 4, seed=5).abs())
     block.refresh(BlockDamping(0.1))
     U = torch.kron(*(U[0].contiguous() for U in block._bases()[::-1]))
     places = torch.cat([torch.arange(12).reshape(4, 3), torch.arange(12, 16)[:, None]], 1).flatten()

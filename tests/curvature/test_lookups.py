@@ -81,11 +81,13 @@ def test_the_block_is_the_kronecker_block_of_one_hot_inputs():
     one_hot = F.one_hot(tokens, 6).double()
     multiplied, _ = observe([transposed], lambda: F.mse_loss(F.linear(one_hot, transposed), y))
     ours, theirs = looked_up.block(weight), multiplied.block(transposed)
-    torch.testing.assert_close(torch.diag(ours.average("G")[0]), theirs.average("A")[0])
-    torch.testing.assert_close(ours.average("A")[0], theirs.average("G")[0])
+    torch.testing.assert_close(
+        torch.diag(ours.averaged_factors()[1][0]), theirs.averaged_factors()[0][0]
+    )
+    torch.testing.assert_close(ours.averaged_factors()[0][0], theirs.averaged_factors()[1][0])
     assert looked_up.reason(weight) == "weight of embedding"
     looked_up.refresh(BlockDamping(0.1))
-    assert ours.numel() == 2 * 6 + 3 * 3**2 + 4  # two dampings, two counts
+    assert ours.numel() == 2 * 6 + 3 * 3**2 - 3**2 + 3**2 + 3  # two dampings, one count
 
 
 def test_one_token_s_block_is_the_fisher_s_in_the_mean():
@@ -114,8 +116,9 @@ def test_padding_counts_in_neither_factor():
     )
     block = fisher.blocks[0]
     expected = torch.tensor([0, 0.5, 0, 0.5, 0]).double()
-    torch.testing.assert_close(block.average("G")[0], expected)
-    assert float(block.average("A")[0].trace()) == pytest.approx(4 / 8)  # 2 rows of 2 in 8 terms
+    torch.testing.assert_close(block.averaged_factors()[1][0], expected)
+    # 2 rows of 2 in 8 terms
+    assert float(block.averaged_factors()[0][0].trace()) == pytest.approx(4 / 8)
 
 
 @pytest.mark.parametrize("mode", ["relative", "absolute"])
@@ -131,7 +134,7 @@ def test_a_token_never_seen_moves_no_further_than_this_batch_alone_would_move_it
     g[4321] = randn(2) / 100  # it came once in a hundred
     directions, _ = fisher.precondition({id(table.weight): g})
     d = directions[id(table.weight)]
-    newton = torch.linalg.solve(fisher.blocks[0].average("A")[0], g[4321] * 100)
+    newton = torch.linalg.solve(fisher.blocks[0].averaged_factors()[0][0], g[4321] * 100)
     assert d[4321].norm() < 1.01 * newton.norm()
     assert d[:4321].abs().max() == 0
 

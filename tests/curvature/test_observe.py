@@ -112,7 +112,7 @@ def test_accumulated_observations_add_up():
             loss = F.cross_entropy(model(X[3 * i : 3 * i + 3]), Y[3 * i : 3 * i + 3]) / 2
         loss.backward()
     fisher.fold(1.0, 0.0)
-    A = fisher.block(parameters[0]).average("A")[0]
+    A = fisher.block(parameters[0]).averaged_factors()[0][0]
     inputs = torch.cat([X, torch.ones(6, 1).double()], 1)
     torch.testing.assert_close(A, inputs.T @ inputs / 6)
     assert float(fisher.block(parameters[0]).average("rows")) == 6
@@ -181,7 +181,7 @@ def test_a_restart_begins_an_empty_observation():
     with observer:
         F.cross_entropy(model(X), Y)
         old = observer.observation
-        new = observer.restart()
+        new = observer.restart(Fisher(), True)
         assert observer.observation is new
         assert (new.recognised, new.maps, old.recognised) == (0, [], 1)
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature import products
-from ngplugin.curvature.blocks.factor import damped_factor, second_moment
+from ngplugin.curvature.blocks.factor import damped_factor
+from ngplugin.curvature.blocks.symmetric import second_moment
 from ngplugin.curvature.products import inverse_dtype, multiply, quick_float32
 from ngplugin.curvature.taps import read_map_call
 
@@ -152,7 +153,7 @@ def test_statistics_of_some_rows_are_unbiased():
         loss.backward()
         optimizer.step()
         (block,) = optimizer._engine.fisher.blocks
-        return [block.average(name).diagonal(dim1=1, dim2=2).sum().item() for name in ("A", "G")]
+        return [X.diagonal(dim1=1, dim2=2).sum().item() for X in block.averaged_factors()]
 
     some = traces()
     with pytest.MonkeyPatch.context() as patch:

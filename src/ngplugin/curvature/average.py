@@ -20,6 +20,12 @@ class RunningAverage:
         self._weight = 0.0
         self._squares = 0.0  # sum of the squared weights of the values
 
+    @property
+    def sum(self) -> Tensor:
+        """Σ of the values by their weights, itself."""
+        assert self._sum is not None
+        return self._sum
+
     def __bool__(self) -> bool:
         """Whether there is any value yet."""
         return self._weight > 0

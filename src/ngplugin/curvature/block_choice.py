@@ -86,6 +86,11 @@ class BlockChoice:
             for p in block.parameters:
                 del self._block_of[id(p)]
 
+    def arrange(self) -> None:
+        """Have the blocks in the order of their parameters, in whatever order they were found."""
+        held = {id(p): self._block_of[id(p)] for p in self.parameters if id(p) in self._block_of}
+        self._block_of = held | self._block_of
+
     def clear(self) -> None:
         """Take every parameter's block away."""
         self._block_of.clear()

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ngplugin.curvature import sharing
 from ngplugin.curvature.block_choice import BlockChoice, BlockRule
 from ngplugin.curvature.blocks import (
     BLOCKS,
+    AveragedBlock,
     Block,
     BlockDamping,
     DiagonalBlock,
@@ -22,6 +24,7 @@ from ngplugin.curvature.blocks import (
 from ngplugin.curvature.blocks.block import curvature_dtype
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.likelihoods import ScoredCall
+from ngplugin.curvature.ranks import mean_over_ranks, several_ranks
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
@@ -137,7 +140,21 @@ class Fisher:
             self._choice.drop([b for b in self.blocks if held & {id(p) for p in b.parameters}])
             reason = "all parameters of a small model together"
             self._choice.settle(found, [reason] * len(found.parameters))
-        return sum(not block.fold(total_weight, decay) for block in self.blocks)
+        if not several_ranks():
+            return sum(not block.fold(total_weight, decay) for block in self.blocks)
+        return self._fold_together(total_weight, decay)
+
+    def _fold_together(self, total_weight: float, decay: float) -> int:
+        """The same where each of several processes has added what its own batch says."""
+        averaged = [block for block in self.blocks if isinstance(block, AveragedBlock)]
+        own = {block: block.statistic(total_weight) for block in averaged}
+        agreed = sharing.agree(self._choice, own)
+        folded = [block for block, statistic in agreed.items() if statistic]
+        for block in folded:
+            block.average_in(agreed[block] or {}, decay)
+        for block, means in zip(folded, sharing.means(folded), strict=True):
+            block.grow(means)
+        return sum(statistic is None for statistic in agreed.values())
 
     def fold_empirical(self, parameters: Sequence[Tensor], scale: float, decay: float) -> None:
         """Fold in gradients of the data's own labels, for parameters that no score has reached.
@@ -175,6 +192,8 @@ class Fisher:
         if not due:
             return 0
         floored = replace(damping, floor=self._floor(ready))
+        if several_ranks():
+            return sharing.refresh([b for b in due if isinstance(b, AveragedBlock)], floored)
         return sum(not block.refresh(floored) for block in due)
 
     def redamp(self, damping: BlockDamping) -> int:
@@ -184,6 +203,8 @@ class Fisher:
         if not inverted:
             return 0
         floored = replace(damping, floor=self._floor(ready))
+        if several_ranks():  # λ is added to the present averages
+            sharing.average([b for b in inverted if isinstance(b, AveragedBlock) and b.redampable])
         return sum(block.redamp(floored) for block in inverted)
 
     def isotropic_damping(self, damping: BlockDamping) -> _Parts:
@@ -194,19 +215,25 @@ class Fisher:
         """
         ready = [block for block in self.blocks if block.ready]
         found: _Parts = {}
-        floor = self._floor(ready)
-        for block in ready:
-            unit = block.mean_eigenvalue().clamp_min(floor)
+        means = self._mean_eigenvalues(ready)
+        floor = float(means.max()) * self._rounding(ready)
+        for block, mean in zip(ready, means, strict=True):
+            unit = mean.clamp_min(floor)
             if damping.mode == "absolute":
                 unit = torch.ones_like(unit)
             found.update({id(p): damping.value * unit for p in block.parameters})
         return found
 
+    def _floor(self, ready: Sequence[Block]) -> float:
+        return float(self._mean_eigenvalues(ready).max()) * self._rounding(ready)
+
     @staticmethod
-    def _floor(ready: Sequence[Block]) -> float:
-        largest = float(torch.stack([block.mean_eigenvalue() for block in ready]).max())
-        rounding = 100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        return float(rounding**2 * largest)
+    def _mean_eigenvalues(ready: Sequence[Block]) -> Tensor:
+        return mean_over_ranks(torch.stack([block.mean_eigenvalue() for block in ready]))
+
+    @staticmethod
+    def _rounding(ready: Sequence[Block]) -> float:
+        return float((100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps) ** 2)
 
     def refresh_every_step(self, damping: BlockDamping) -> int:
         """The same for the blocks that are of one batch; may be done again with more damping."""

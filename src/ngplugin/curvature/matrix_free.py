@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ngplugin.curvature.observation import Observation, ScoredLoss
 from ngplugin.curvature.parameter_vector import Parts
+from ngplugin.curvature.ranks import mean_over_ranks_
 
 
 @dataclass(frozen=True)
@@ -137,4 +138,5 @@ class BatchFisher:
             for p, part in zip(self._parameters, linearized.product(given), strict=True):
                 if part is not None:
                     result[id(p)] += part / self._total_weight
+        mean_over_ranks_([*result.values()])
         return result

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ngplugin.curvature.observation import ScoredLoss
-from ngplugin.curvature.ranks import mean_over_ranks
+from ngplugin.curvature.ranks import mean_over_ranks, several_ranks
 
 
 @dataclass(frozen=True)
@@ -32,17 +32,27 @@ class ObjectiveWeight:
 
     @staticmethod
     def of(
-        scored: Sequence[ScoredLoss], noise_variance: float | Literal["auto"]
+        scored: Sequence[ScoredLoss],
+        noise_variance: float | Literal["auto"],
+        device: torch.device | None = None,
     ) -> ObjectiveWeight | None:
-        """Add up, averaged over processes; None if the losses weigh nothing or are not finite."""
-        if not scored:
-            return None
-        weights = torch.stack([loss.weights.sum() for loss in scored])
-        dispersions = torch.stack([loss.dispersion(noise_variance) for loss in scored])
-        squares = torch.stack([loss.weights.square().sum() for loss in scored])
-        nlls = torch.stack([loss.nll() for loss in scored])
-        sums = torch.stack([weights.sum(), weights @ dispersions, squares.sum(), nlls.sum()])
-        total, nats, square, nll = mean_over_ranks(sums).tolist()  # the one transfer to the host
+        """Add up, averaged over processes; None if the losses weigh nothing or are not finite.
+
+        Args:
+            scored: of this process; may be none where there are several.
+            noise_variance: σ² of squared errors.
+            device: where messages between processes are made.
+        """
+        sums = torch.zeros(4, device=device)
+        if scored:
+            weights = torch.stack([loss.weights.sum() for loss in scored])
+            dispersions = torch.stack([loss.dispersion(noise_variance) for loss in scored])
+            squares = torch.stack([loss.weights.square().sum() for loss in scored])
+            nlls = torch.stack([loss.nll() for loss in scored])
+            sums = torch.stack([weights.sum(), weights @ dispersions, squares.sum(), nlls.sum()])
+        if several_ranks():  # that have to talk of one type
+            sums = mean_over_ranks(sums.double())
+        total, nats, square, nll = sums.tolist()  # the one transfer to the host
         if not (total > 0 and math.isfinite(nats) and math.isfinite(nll)):
             return None
         # Squared error that is exactly zero has no estimated variance and no step either.

@@ -62,6 +62,7 @@ class Observation:
 
     tape: Tape
     recorded: bool  # whether it is to be replayed
+    counted: bool = True  # whether it is a statistic of F
     maps: list[tuple[MapCall | LookupCall, GradientEdge]] = field(default_factory=list)
     norms: list[NormCall] = field(default_factory=list)
     elsewhere: dict[int, Tensor] = field(default_factory=dict)  # entered what is no known map
@@ -70,6 +71,7 @@ class Observation:
     seconds: float = 0.0  # spent on the Fisher backward
     silenced: set[int] = field(default_factory=set)  # memory of losses that a declared one replaces
     claimed: set[int] = field(default_factory=set)  # memory that an objective was computed from
+    spent: bool = False  # its backward pass was run, and its gradients were zeroed
 
     def replay(
         self, leaves: Mapping[int, Tensor] | None = None
@@ -81,6 +83,11 @@ class Observation:
         losses = sorted(self.scored, key=lambda loss: loss.mark.position)
         marks = [loss.mark for loss in losses]
         return list(zip(losses, self.tape.replay(marks, leaves), strict=True))
+
+    def forget_scores(self) -> None:
+        """Drop what a backward pass has told, its gradients having been zeroed."""
+        self.spent = self.spent or bool(self.scored)
+        self.scored.clear()
 
     def release(self) -> None:
         """Let the graph go."""

@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from ngplugin.curvature.composites import examples, opened
+from ngplugin.curvature.dependence import depends
 from ngplugin.curvature.likelihoods import FisherKind as FisherKind
 from ngplugin.curvature.likelihoods import (
     OutputCurvature,
@@ -73,6 +74,13 @@ _OVERWRITTEN = (
 )
 
 
+class LossScaler(Protocol):
+    """What of `torch.amp.GradScaler` is of interest."""
+
+    def get_scale(self) -> float:
+        """The present factor."""
+
+
 class Observer(TorchFunctionMode):
     """The context in which one training step is observed; may be entered for each micro-batch.
 
@@ -83,6 +91,8 @@ class Observer(TorchFunctionMode):
         kind: how scores are drawn.
         draws: number of scores for each loss.
         generator: private source of randomness for the scores.
+        scaler: what multiplies the objective before its backward pass, if anything does, and
+            divides the gradients afterwards.
     """
 
     def __init__(
@@ -93,19 +103,20 @@ class Observer(TorchFunctionMode):
         kind: FisherKind,
         draws: int,
         generator: torch.Generator,
+        scaler: LossScaler | None = None,
     ) -> None:
         super().__init__()
         self._parameters = {id(p): p for p in parameters}
-        self._backward = None if sink is None else ScoreBackward(sink, kind, draws, generator)
         self._kind = kind
+        self._draws = draws
         self._generator = generator
+        self._scaler = scaler
         self._paused = False
         self._examples: int | None = None  # inside a composite, where rows have them last
         self._in_log_prob = False
         self._differentiating = False  # inside a torch.autograd.grad of the user's
-        self._record = record
         self._contexts = ExitStack()
-        self.observation = self._new_observation()
+        self.restart(sink, record)
 
     def __enter__(self) -> Any:
         """Start watching."""
@@ -122,13 +133,20 @@ class Observer(TorchFunctionMode):
         ACTIVE.remove(self)
         self._contexts.close()
 
-    def restart(self) -> Observation:
-        """Begin a new observation, the step of the old one having been made; returns the new."""
-        self.observation = self._new_observation()
-        return self.observation
+    def restart(self, sink: ScoreSink | None, record: bool) -> Observation:
+        """Begin a new observation, the step of the old one having been made; returns the new.
 
-    def _new_observation(self) -> Observation:
-        return Observation(Tape([*self._parameters.values()], LAYERS), self._record)
+        Args:
+            sink: as in the constructor, for this step.
+            record: likewise; without either, the calls pass by unseen.
+        """
+        self._backward = None
+        if sink is not None:
+            self._backward = ScoreBackward(sink, self._kind, self._draws, self._generator)
+        self._idle = sink is None and not record
+        tape = Tape([*self._parameters.values()], LAYERS)
+        self.observation = Observation(tape, record, sink is not None)
+        return self.observation
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which nothing is observed, for our own torch calls."""
@@ -143,7 +161,9 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run one torch call of the user's code, and note what it was."""
         kwargs = kwargs or {}
-        if self._paused or any(map(is_lazy, args)):  # a parameter that has yet to be made
+        if self._paused or self._idle or func is Tensor.backward:
+            return func(*args, **kwargs)
+        if any(map(is_lazy, args)):  # a parameter that has yet to be made
             return func(*args, **kwargs)
         body = opened(func) if self._backward is not None else None
         if body is not None:  # its parts are recorded, and not the whole
@@ -187,7 +207,7 @@ class Observer(TorchFunctionMode):
 
         What it calls in turn, be it another distribution's `log_prob`, is part of it.
         """
-        ignored = self._paused or self._in_log_prob or self._kind == "ggn"
+        ignored = self._paused or self._idle or self._in_log_prob or self._kind == "ggn"
         if ignored or not torch.is_grad_enabled():
             return compute()
         call = read_log_prob(distribution, value)
@@ -243,6 +263,8 @@ class Observer(TorchFunctionMode):
         def on_gradient(gradient: Tensor) -> None:
             if place is not None and observation.tape.memory(place) <= observation.silenced:
                 return
+            if not depends(loss.predictions, self._parameters):
+                return  # the objective of another optimizer's parameters
             if versions == [t._version for t in loss.predictions]:
                 self._score(observation, loss, mark, gradient)
             else:
@@ -278,7 +300,7 @@ class Observer(TorchFunctionMode):
                 return
             started = time.perf_counter()
             with torch.no_grad(), self.paused():
-                act(plain(gradient))
+                act(plain(gradient) / self._scaler.get_scale() if self._scaler else plain(gradient))
             observation.seconds += time.perf_counter() - started
 
         value.register_hook(hook)
@@ -309,6 +331,8 @@ class Observer(TorchFunctionMode):
                 continue
             if any(t.is_complex() for t in tail.outputs):
                 continue
+            if not depends(tail.outputs, self._parameters):
+                continue  # an objective of another optimizer's parameters
             curvature = OutputCurvature(tail, tail.outputs, self._generator)
             if not torch.isclose(curvature.value, seen, rtol=_SAME, equal_nan=True):
                 continue  # the calls that were seen are not all that made it

@@ -59,7 +59,7 @@ class Tape:
     def __init__(self, parameters: Sequence[Tensor], layers: Collection[Any] = ()) -> None:
         self._layers = layers
         self.parameters = {id(p): p for p in parameters}
-        self._device = parameters[0].device if parameters else torch.device("cpu")
+        self.device = parameters[0].device if parameters else torch.device("cpu")
         self.calls: list[RecordedCall] = []
         self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
         self._nodes: dict[tuple[Any, int], Slot] = {}  # of the graph -> slot
@@ -90,7 +90,7 @@ class Tape:
         self._check_origin(inputs, name)
         if changes_first_argument(name, kwargs) or "out" in kwargs:
             self._keep_original(next(tensors_in([kwargs.get("out"), args, kwargs])), name)
-        random = random_state(self._device)
+        random = random_state(self.device)
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
         recorded_args = map_tensors(self._slot_of, args)
@@ -119,7 +119,7 @@ class Tape:
         if not outputs and name != "__setitem__":
             return result  # a shape, a number: nothing to replay
         consumed = any(
-            not torch.equal(a, b) for a, b in zip(random, random_state(self._device), strict=True)
+            not torch.equal(a, b) for a, b in zip(random, random_state(self.device), strict=True)
         )
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
         if name in _WRITES_UNNOTICED:
@@ -129,7 +129,7 @@ class Tape:
             return result  # its first values, to which a replay shall not go back
         if rewritten:
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
-        autocast = torch.is_autocast_enabled(self._device.type)
+        autocast = torch.is_autocast_enabled(self.device.type)
         self.calls.append(
             RecordedCall(
                 function,
@@ -138,7 +138,7 @@ class Tape:
                 outputs,
                 frozenset(id(t) for t in changed),
                 random if consumed else None,
-                torch.get_autocast_dtype(self._device.type) if autocast else None,
+                torch.get_autocast_dtype(self.device.type) if autocast else None,
                 torch.is_grad_enabled(),
                 entry,
             )
@@ -238,7 +238,7 @@ class Tape:
         replaced = leaves or {}
         waiting = list(marks)
         results: list[tuple[Tensor, ...]] = []
-        before = random_state(self._device)
+        before = random_state(self.device)
         try:
             with torch.set_grad_enabled(differentiates), kernels:
                 for i, call in calls:
@@ -247,13 +247,13 @@ class Tape:
                     # Without leaves a derivative in the forward pass sees everything.
                     graphed = call.differentiable if leaves is not None else differentiates
                     with torch.set_grad_enabled(graphed):
-                        call.run_again(self._device, values, replaced)
+                        call.run_again(self.device, values, replaced)
                     for slot in slots_in((call.args, call.kwargs, call.outputs)):
                         if last_use[slot] <= i:
                             values.pop(slot, None)
                 results += [mark.values(values, replaced) for mark in waiting]
         finally:
-            set_random_state(self._device, before)
+            set_random_state(self.device, before)
         if leaves is None:
             return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
@@ -301,12 +301,12 @@ class Tape:
         """
         known: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         known.update(values)
-        before = random_state(self._device)
+        before = random_state(self.device)
         try:
             for call in calls:
-                call.run_again(self._device, known, replaced)
+                call.run_again(self.device, known, replaced)
         finally:
-            set_random_state(self._device, before)
+            set_random_state(self.device, before)
         return known
 
     # -- recording -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """How a piece of the Fisher matrix is kept, damped and inverted: one file a structure."""
 
+from ngplugin.curvature.blocks.averaged import AveragedBlock as AveragedBlock
 from ngplugin.curvature.blocks.block import Block as Block
 from ngplugin.curvature.blocks.block import BlockDamping as BlockDamping
 from ngplugin.curvature.blocks.block import DampingMode as DampingMode
@@ -32,6 +33,7 @@ BLOCKS: dict[str, type[Block]] = {
 
 __all__ = [
     "BLOCKS",
+    "AveragedBlock",
     "Block",
     "BlockDamping",
     "DampingMode",

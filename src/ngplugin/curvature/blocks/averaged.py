@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
-from ngplugin.curvature.ranks import mean_over_ranks
+from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
 
 
 class AveragedBlock(Block):
@@ -19,8 +19,12 @@ class AveragedBlock(Block):
 
     A subclass adds tensors up as scores arrive (`_add`), says which statistic they make
     (`_statistic`), how large F is by the averages (`_scale`), and inverts them into more named
-    tensors (`_invert`), from which it forms products. The rest is here: dropping, folding,
-    growing, saving.
+    tensors (`invert`), from which it forms products. The rest is here: dropping, folding, growing,
+    saving.
+
+    Statistics are sums over examples and nothing else, so that those of several processes, or of
+    several steps, add up. They are `[group, d, d]`, or `[group, d]` for diagonals, or
+    `[group, 1, 1]` for counts.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -37,12 +41,20 @@ class AveragedBlock(Block):
         """What is to be folded into the averages of the same names."""
 
     @abstractmethod
-    def _scale(self) -> Tensor:
-        """The mean eigenvalue by the averages, one for each part that may grow by itself."""
+    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        """The mean eigenvalue of F/Σw, one for each part that may grow by itself.
+
+        Args:
+            means: the mean eigenvalue of each average, `[group, 1, 1]`.
+        """
 
     @abstractmethod
-    def _invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
-        """The tensors that products are formed with; None if a factorization failed."""
+    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+        """The tensors that products are formed with, for `take`.
+
+        Returns:
+            None if a factorization failed; empty if there is nothing to invert yet.
+        """
 
     def _add(self, name: str, value: Tensor) -> None:
         """Add to the sum of this name; the value may be kept."""
@@ -65,19 +77,42 @@ class AveragedBlock(Block):
 
     def fold(self, total_weight: float, decay: float) -> bool:
         """Fold the statistic into the averages."""
-        added, self._added = self._added, {}
-        if not added:
-            return True
-        statistic = self._statistic(added, total_weight)
-        statistic = {name: mean_over_ranks(value) for name, value in statistic.items()}
-        if not finite(*statistic.values()):
+        statistic = self.statistic(total_weight)
+        if statistic is None:
             return False
+        if statistic:
+            self.average_in(statistic, decay)
+            self.grow(self.means())
+        return True
+
+    def statistic(self, total_weight: float) -> dict[str, Tensor] | None:
+        """What was added, to be folded; None if it is not finite, empty if there is nothing."""
+        added, self._added = self._added, {}
+        statistic = self._statistic(added, total_weight) if added else {}
+        return statistic if not statistic or finite(*statistic.values()) else None
+
+    def zeros(self, shape: Sequence[int]) -> Tensor:
+        """A statistic that says nothing."""
+        return torch.zeros(shape, dtype=self._dtype, device=self.parameters[0].device)
+
+    def average_in(self, statistic: Mapping[str, Tensor], decay: float) -> None:
+        """Fold a statistic into the averages of the same names."""
         for name, value in statistic.items():
             self._averages.setdefault(name, RunningAverage()).update(value, decay)
-        if self._refreshed_scale is not None:
-            then = self._refreshed_scale
-            self._growth = torch.where(then > 0, self._scale() / then, 1.0)
-        return True
+
+    def sums(self) -> list[Tensor]:
+        """What the averages are kept in; processes put their mean there."""
+        return [average.sum for average in self._averages.values()]
+
+    def means(self) -> dict[str, Tensor]:
+        """The mean eigenvalue of each average, `[group, 1, 1]`."""
+        return {name: mean_eigenvalue(a.value) for name, a in self._averages.items()}
+
+    def grow(self, means: Mapping[str, Tensor]) -> None:
+        """Scale products with F to what the averages have become since the last refresh."""
+        then = self._refreshed_scale
+        if then is not None:
+            self._growth = torch.where(then > 0, self._scale(means) / then, 1.0)
 
     @property
     def ready(self) -> bool:
@@ -91,16 +126,22 @@ class AveragedBlock(Block):
 
     def mean_eigenvalue(self) -> Tensor:
         """The mean of the scales."""
-        return self._scale().mean()
+        return self._scale(self.means()).mean()
 
     def refresh(self, damping: BlockDamping) -> bool:
         """Invert the damped averages, as the block's class says."""
-        refreshed = self._invert(damping)
-        if refreshed is None:
-            return False
-        self._refreshed, self._refreshed_scale = refreshed, self._scale()
-        self._growth = 1.0
-        return True
+        return self.take(self.invert(damping))
+
+    def take(self, inverted: dict[str, Tensor] | None) -> bool:
+        """Form products with what `invert` returned, here or in another process.
+
+        Returns:
+            False if it failed; then the old inverse stays.
+        """
+        if inverted:
+            self._refreshed, self._refreshed_scale = inverted, self._scale(self.means())
+            self._growth = 1.0
+        return inverted is not None
 
     def numel(self) -> int:
         """Averages, and what the last refresh made of them."""

@@ -50,10 +50,12 @@ class Block(ABC):
         parameters: the tensors whose gradients go in and directions come out, in this order.
         kind: the word for it in the coverage table and in a saved state.
         every_step: it is of one batch, so it takes statistics and is refreshed at every step.
+        redampable: another λ takes no factorization.
     """
 
     kind: str
     every_step = False
+    redampable = False
     parameters: tuple[Tensor, ...]
 
     @abstractmethod

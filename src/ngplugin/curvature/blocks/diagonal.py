@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -27,6 +27,7 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
     """
 
     kind = "diagonal"
+    redampable = True
 
     def __init__(self, parameter: Tensor, empirical: bool = False) -> None:
         super().__init__([parameter])
@@ -40,23 +41,24 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
 
     def add_gradient_scores(self, scores: Sequence[Tensor], share: float) -> None:
         """Add `share` of g²."""
-        self._add("F", as_real(scores[0]).to(self._dtype).square().mul_(share))
+        g = as_real(scores[0]).to(self._dtype).reshape(1, -1)
+        self._add("F", g.square().mul_(share))
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
         """g²/Σw."""
         return {"F": added["F"] / total_weight}
 
-    def _scale(self) -> Tensor:
-        return self.average("F").mean()
+    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        return means["F"].mean()
 
-    def _invert(self, damping: BlockDamping) -> dict[str, Tensor]:
+    def invert(self, damping: BlockDamping) -> dict[str, Tensor]:
         """Take over the average, and damp it.
 
         `"relative"`: (λ + γ/n) max(mean(diag F), floor), with n the number of statistics in the
         average: the square of a single draw is near zero by chance for many an element, which must
         not be taken for a flat direction. `"absolute"`: λ.
         """
-        F = self.average("F").reshape(1, -1)
+        F = self.average("F")  # [1, elements]
         if damping.mode == "relative":
             n = max(1.0, self.effective_count("F"))
             unit = F.mean().clamp_min(damping.floor)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import BlockDamping, finite
-from ngplugin.curvature.blocks.factor import is_diagonal
 from ngplugin.curvature.blocks.kronecker import KroneckerBlock
+from ngplugin.curvature.blocks.symmetric import is_diagonal
+from ngplugin.curvature.ranks import mean_over_ranks_
 
 _MOST_AT_ONCE = 2**24  # numbers of the per-example gradients that are formed together
 
@@ -36,6 +37,7 @@ class EigenBlock(KroneckerBlock):
     """
 
     kind = "eigen"
+    redampable = True
 
     def _add_rows(self, a: Tensor, g: Tensor, counted: Tensor, share: float, first: int) -> None:
         super()._add_rows(a, g, counted, share, first)
@@ -49,20 +51,20 @@ class EigenBlock(KroneckerBlock):
         statistic = super()._statistic(added, total_weight)
         return {**statistic, "M": added["M"] / total_weight} if "M" in added else statistic
 
-    def _scale(self) -> Tensor:
-        return self.average("M").mean() if "M" in self._averages else super()._scale().mean()
+    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        return self.average("M").mean() if "M" in self._averages else super()._scale(means).mean()
 
-    def fold(self, total_weight: float, decay: float) -> bool:
-        """Fold the statistic into the averages; the eigenvalues are those of the new ones."""
-        folded = super().fold(total_weight, decay)
-        self._growth = 1.0
-        if folded and self.inverted:
+    def grow(self, means: Mapping[str, Tensor]) -> None:
+        """The eigenvalues are those of the new averages, nothing has to be scaled."""
+        if self.inverted:
+            mean_over_ranks_([self._averages["M"].sum])
             self._refreshed.update(self._damped(self._refreshed))
-        return folded
 
-    def _invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
         """Find the eigenvectors, take M over to them, and damp it; see `_damped`."""
-        A, G = self._averaged_factors()
+        A, G = self.averaged_factors()
+        if not G.any():
+            return {}
         eigen_A, eigen_G = eigenvectors(A), eigenvectors(G)
         if eigen_A is None or eigen_G is None:
             return None
@@ -71,15 +73,20 @@ class EigenBlock(KroneckerBlock):
             old_A, old_G = self._bases()
             M = carried(carried(self.average("M"), old_G, U_G).mT, old_A, U_A).mT
         else:
-            self._averages["M"] = RunningAverage()
             M = g[:, :, None] * a[:, None, :]
-        self._averages["M"].replace(M, like=self._averages["G"])
-        refreshed = {"U_A": U_A, "U_G": U_G, **self._settings(damping)}
-        return {**refreshed, **self._damped(refreshed)}
+        return {"U_A": U_A, "U_G": U_G, "M": M, **self._settings(damping)}
+
+    def take(self, inverted: dict[str, Tensor] | None) -> bool:
+        """Go on averaging M in the new basis."""
+        if inverted:
+            self._averages.setdefault("M", RunningAverage())
+            self._averages["M"].replace(inverted["M"], like=self._averages["G"])
+            inverted = {**inverted, **self._damped(inverted)}
+        return super().take(inverted)
 
     def _settings(self, damping: BlockDamping) -> dict[str, Tensor]:
         """What `_damped` has to know of the damping, `[group, 1, 1]` each."""
-        A, G = self._averaged_factors()
+        A, G = self.averaged_factors()
         one = A.new_ones(self.groups, 1, 1)
         settings = {
             "absolute": one * (damping.value if damping.mode == "absolute" else 0.0),

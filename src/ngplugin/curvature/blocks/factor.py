@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks.block import finite
-from ngplugin.curvature.products import Products, inverse_dtype, multiply, quick_float32
+from ngplugin.curvature.blocks.symmetric import is_diagonal
+from ngplugin.curvature.products import Products, inverse_dtype, multiply
 
 
 @dataclass(frozen=True)
@@ -154,22 +155,3 @@ def read_factor(tensors: Mapping[str, Tensor], name: str) -> Factor:
     if is_diagonal(matrix):
         return DiagonalFactor(matrix, damping)
     return DenseFactor(matrix, damping, tensors[f"{name}_inverse"])
-
-
-def is_diagonal(M: Tensor) -> bool:
-    """Whether `M` is the diagonals of its matrices, `[group, d]`."""
-    return M.dim() == 2
-
-
-def second_moment(rows: Tensor, diagonal: bool) -> Tensor:
-    """Σ_r x_r x_rᵀ of rows `[group, rows, d]`, or its diagonal."""
-    if diagonal:
-        return rows.square().sum(1)
-    with quick_float32():
-        return rows.mT @ rows
-
-
-def mean_eigenvalue(M: Tensor) -> Tensor:
-    """tr M / d of each matrix, `[group, 1, 1]`."""
-    diagonal = M if is_diagonal(M) else M.diagonal(dim1=-2, dim2=-1)
-    return diagonal.mean(-1)[:, None, None]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks.block import GradientBlock
-from ngplugin.curvature.blocks.factor import is_diagonal, mean_eigenvalue, second_moment
 from ngplugin.curvature.blocks.kronecker_product import KroneckerProductBlock
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
+from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue, second_moment
 
 
 class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
@@ -59,7 +59,7 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
         S = self._layout.matrix(scores, self._dtype)  # [1, out, in]
         self._add("A", share * second_moment(S, self._layout.inputs > self.max_factor))
         self._add("G", share * second_moment(S.mT, self._layout.outputs > self.max_factor))
-        self._add("draws", S.new_ones(()))
+        self._add("draws", S.new_ones(1, 1, 1))
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
         """Both over Σw, so that either trace is that of F; and the number of draws."""
@@ -69,7 +69,10 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
             "draws": added["draws"],
         }
 
-    def _averaged_factors(self) -> tuple[Tensor, Tensor]:
+    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        return means["G"] / self._layout.inputs  # A has a trace of 1
+
+    def averaged_factors(self) -> tuple[Tensor, Tensor]:
         """A with a trace of 1, and G."""
         A, G = self.average("A"), self.average("G")
         trace = (mean_eigenvalue(A) * A.shape[-1]).clamp_min(torch.finfo(self._dtype).tiny)
@@ -81,7 +84,7 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
         With S = G^½ Z A^½ and Z independent, S Sᵀ is a sum over the eigenvectors of A weighted by
         its eigenvalues, which varies like a sum of (tr A)² / tr A² equal ones.
         """
-        draws = self.effective_count("A") * self.average("draws")
+        draws = self.effective_count("G") * self.average("draws")
         return draws * _equal_eigenvalues(G), draws * _equal_eigenvalues(A)
 
 

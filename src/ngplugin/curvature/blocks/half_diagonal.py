@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks.block import BlockDamping, MapBlock
 from ngplugin.curvature.blocks.kronecker_product import KroneckerProductBlock
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
+from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
+from ngplugin.curvature.parameter_vector import total
 from ngplugin.curvature.taps import LookupCall, MapCall
 
 _LOOKED_UP, _MULTIPLIED = "looked up", "multiplied"
@@ -62,38 +66,58 @@ class HalfDiagonalBlock(KroneckerProductBlock, MapBlock):
             a = a * counted[:, None]
             over_vocabulary, over_dim = (a, g) if call.inputs_first else (g, a)
             v, M = over_vocabulary.square().sum(0), over_dim.mT @ over_dim
-        self._add(f"{use} v", v * share)
-        self._add(f"{use} M", M * share)
-        self._add(f"{use} rows", counted.sum() * share)
+        self._add(f"{use} v", v[None] * share)
+        self._add(f"{use} M", M[None] * share)
+        self._add(f"{use} rows", counted.sum().reshape(1, 1, 1) * share)
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
-        """The sum of the uses as D and S; D is G, S is A."""
-        like, tiny = next(iter(added.values())), torch.finfo(self._dtype).tiny
-        D, S = like.new_zeros(self._vocabulary), like.new_zeros(self._dim, self._dim)
-        row, total_rows = like.new_zeros(()), like.new_zeros(())
-        for use in (_LOOKED_UP, _MULTIPLIED):
-            if f"{use} v" in added:
-                v, M, rows = (added[f"{use} {name}"] for name in ("v", "M", "rows"))
-                mean_M = M / rows.clamp_min(tiny)
-                D += v * mean_M.trace()
-                S += v.sum() * mean_M
-                total_rows += rows
-                if use == _LOOKED_UP:
-                    row = mean_M.trace()
-        trace = D.sum().clamp_min(tiny)
+        """V, M and the rows of each use, divided by Σw where it is made of scores."""
+        scores = {f"{_LOOKED_UP} M", f"{_MULTIPLIED} v"}
         return {
-            "A": S[None] / total_weight,
-            "G": D[None] / trace,
-            "rows": total_rows.reshape(1, 1, 1),
-            "row": row.reshape(1, 1, 1) / trace,  # what one looked-up row counts in D
+            name: value / total_weight if name in scores else value for name, value in added.items()
         }
+
+    def _uses(self, values: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Each use with its v, M and rows, of those that there were."""
+        for use in (_LOOKED_UP, _MULTIPLIED):
+            if f"{use} v" in values:
+                rows = values[f"{use} rows"].clamp_min(torch.finfo(self._dtype).tiny)
+                yield use, values[f"{use} v"], values[f"{use} M"], rows
+
+    def _averaged_uses(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        return self._uses({name: self.average(name) for name in self._averages})
+
+    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        return total(v * M / rows for _, v, M, rows in self._uses(means))
+
+    def averaged_factors(self) -> tuple[Tensor, Tensor]:
+        """S as A, and D with a trace of 1 as G."""
+        D = total(v * (_trace(M) / rows).squeeze(-1) for _, v, M, rows in self._averaged_uses())
+        S = total(v.sum() * M / rows for _, v, M, rows in self._averaged_uses())
+        return S, D / D.sum().clamp_min(torch.finfo(self._dtype).tiny)
+
+    def _rare(self) -> Tensor:
+        """What one looked-up row counts in D, `[1, 1, 1]`."""
+        like, tiny = next(iter(self._averages.values())).sum, torch.finfo(self._dtype).tiny
+        row = trace = like.new_zeros(1, 1, 1)
+        for use, v, M, rows in self._averaged_uses():
+            trace = trace + v.sum() * _trace(M) / rows
+            if use == _LOOKED_UP:
+                row = _trace(M) / rows
+        return row / trace.clamp_min(tiny)
 
     def _sample_sizes(self, A: Tensor, G: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """That of S; the one row more takes the place of D's sampling damping."""
-        rows, _ = super()._sample_sizes(A, G)
-        return rows, float("inf")
+        rows = total(rows for *_, rows in self._averaged_uses())
+        count = max(self.effective_count(name) for name in self._averages)
+        return count * rows, float("inf")
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """D gets one row more, in either mode."""
         S_damping, D_damping = super()._dampings(A, G, damping)
-        return S_damping, D_damping + self.average("row")
+        return S_damping, D_damping + self._rare()
+
+
+def _trace(M: Tensor) -> Tensor:
+    """Tr M of each, `[group, 1, 1]`."""
+    return mean_eigenvalue(M) * M.shape[-1]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks.block import BlockDamping, MapBlock
-from ngplugin.curvature.blocks.factor import mean_eigenvalue, second_moment
 from ngplugin.curvature.blocks.kronecker_product import KroneckerProductBlock
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
+from ngplugin.curvature.blocks.symmetric import mean_eigenvalue, second_moment
 from ngplugin.curvature.taps import Dimensions, LookupCall, MapCall
 
 #: How rows that share a weight, the tokens or pixels of an example, count.
@@ -32,7 +33,8 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
 
     Exact for one row, and whenever a and g are independent over the rows (a deep linear network
     with squared loss). A row that carries no score, a masked example or padding, says nothing
-    about F and is left out of A too.
+    about F and is left out of A too. Averaged are the sum of a_r a_rᵀ and the number of rows, each
+    by itself: a step, or a process, counts for A by its rows.
 
     The rows of one example n that share the weight, its tokens or pixels t, are either treated as
     if they were independent (*expand*, as above), or all inputs of an example as one, its mean, and
@@ -143,10 +145,10 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
             g, counted = g.sum(2), counted.amax(2)
         else:
             a, g, counted = (t.flatten(1, 2) for t in (a, g, counted))  # [group, row, d]
-        self._add_groups("A", second_moment(a, self._layout.inputs > self.max_factor), share, first)
-        self._add_groups(
-            "G", second_moment(g, self._layout.outputs > self.max_factor), share, first
-        )
+        inputs = second_moment(a, self._layout.inputs > self.max_factor)
+        scores = second_moment(g, self._layout.outputs > self.max_factor)
+        self._add_groups("inputs", inputs, share, first)
+        self._add_groups("G", scores, share, first)
         self._add_groups("rows", counted.sum(1, keepdim=True), share, first)
 
     def _add_groups(self, name: str, value: Tensor, share: float, first: int) -> None:
@@ -155,17 +157,18 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         self._added[name][first : first + len(value)].add_(value, alpha=share)
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
-        """Σ aaᵀ / rows, Σ ggᵀ / Σw, and the number of rows, `[group, 1, 1]`."""
-        rows = added["rows"]  # [group, 1, 1]
-        shape = -1, *[1] * (added["A"].dim() - 1)
-        A = added["A"] / rows.clamp_min(torch.finfo(self._dtype).tiny).reshape(shape)
-        if self.ready:  # no rows, as of an expert that no token went to, say nothing of A
-            A = torch.where(rows.reshape(shape) > 0, A, self.average("A"))
-        return {
-            "A": A,
-            "G": added["G"] / total_weight,
-            "rows": rows,
-        }
+        """Σ aaᵀ, Σ ggᵀ / Σw, and the number of rows, `[group, 1, 1]`."""
+        return {"inputs": added["inputs"], "G": added["G"] / total_weight, "rows": added["rows"]}
+
+    def averaged_factors(self) -> tuple[Tensor, Tensor]:
+        """A by the rows of all steps, and G."""
+        inputs, rows = self.average("inputs"), self.average("rows")
+        rows = rows.clamp_min(torch.finfo(self._dtype).tiny)
+        return inputs / rows.reshape(-1, *[1] * (inputs.dim() - 1)), self.average("G")
+
+    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        rows = means["rows"].clamp_min(torch.finfo(self._dtype).tiny)
+        return means["inputs"] / rows * means["G"]
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """A group that no known map has used yet is scaled as the others are on average."""

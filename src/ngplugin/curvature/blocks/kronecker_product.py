@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -12,18 +13,17 @@ from ngplugin.curvature.blocks.block import BlockDamping
 from ngplugin.curvature.blocks.factor import (
     Factor,
     damped_factor,
-    is_diagonal,
-    mean_eigenvalue,
     read_factor,
 )
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
+from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
 
 
 class KroneckerProductBlock(AveragedBlock):
     """F/Σw ≈ A ⊗ G for a matrix `[group, out, in]`: A over its inputs, G over its outputs.
 
     Either factor may be kept as its diagonal only. Where A and G come from is the subclass's to
-    say, in the averages "A" and "G", and on how many rows they rest.
+    say, with "G" among its averages, and on how many rows they rest.
 
     Args:
         parameters: as the layout takes them.
@@ -34,13 +34,13 @@ class KroneckerProductBlock(AveragedBlock):
         super().__init__(parameters)
         self._layout = layout
 
-    def _averaged_factors(self) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def averaged_factors(self) -> tuple[Tensor, Tensor]:
         """A and G by the averages, `[group, d, d]` or their diagonals `[group, d]`."""
-        return self.average("A"), self.average("G")
 
     def _sample_sizes(self, A: Tensor, G: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """How many independent rows A and G effectively rest on; `[group, 1, 1]` or numbers."""
-        rows = self.effective_count("A") * self.average("rows")
+        rows = self.effective_count("G") * self.average("rows")
         return rows, rows
 
     @property
@@ -49,17 +49,11 @@ class KroneckerProductBlock(AveragedBlock):
         assert self.inverted, "refresh() comes first"
         return read_factor(self._refreshed, "A"), read_factor(self._refreshed, "G")
 
-    def _scale(self) -> Tensor:
-        A, G = self._averaged_factors()
-        return mean_eigenvalue(A) * mean_eigenvalue(G)  # [group, 1, 1]
-
-    def refresh(self, damping: BlockDamping) -> bool:
-        """Invert the damped averages, if any score has come this way yet."""
-        return not self.average("G").any() or super().refresh(damping)
-
-    def _invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
-        """Damp each factor and invert it."""
-        A, G = self._averaged_factors()
+    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+        """Damp each factor and invert it, if any score has come this way yet."""
+        A, G = self.averaged_factors()
+        if not G.any():
+            return {}
         A_damping, G_damping = self._dampings(A, G, damping)
         damped_A = damped_factor(A, A_damping, damping.products)
         damped_G = damped_factor(G, G_damping, damping.products)

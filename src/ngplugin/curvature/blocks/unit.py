@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks.averaged import AveragedBlock
 from ngplugin.curvature.blocks.block import BlockDamping, GradientBlock
-from ngplugin.curvature.blocks.factor import Factor, damped_factor, mean_eigenvalue, read_factor
+from ngplugin.curvature.blocks.factor import Factor, damped_factor, read_factor
+from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
 
 
 class UnitBlock(AveragedBlock, GradientBlock):
@@ -38,10 +39,10 @@ class UnitBlock(AveragedBlock, GradientBlock):
         """ggᵀ/Σw."""
         return {"F": added["F"] / total_weight}
 
-    def _scale(self) -> Tensor:
-        return mean_eigenvalue(self.average("F")).mean()
+    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        return means["F"].mean()
 
-    def _invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
         """Damp each feature's matrix and invert it.
 
         `"relative"`: λ times the mean eigenvalue of all features, or the floor, and to each

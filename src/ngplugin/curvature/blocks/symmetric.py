@@ -1,0 +1,26 @@
+"""Symmetric matrices, one for each group: `[group, d, d]`, or their diagonals `[group, d]`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ngplugin.curvature.products import quick_float32
+
+
+def is_diagonal(M: Tensor) -> bool:
+    """Whether `M` is the diagonals of its matrices, `[group, d]`."""
+    return M.dim() == 2
+
+
+def second_moment(rows: Tensor, diagonal: bool) -> Tensor:
+    """Σ_r x_r x_rᵀ of rows `[group, rows, d]`, or its diagonal."""
+    if diagonal:
+        return rows.square().sum(1)
+    with quick_float32():
+        return rows.mT @ rows
+
+
+def mean_eigenvalue(M: Tensor) -> Tensor:
+    """tr M / d of each matrix, `[group, 1, 1]`."""
+    diagonal = M if is_diagonal(M) else M.diagonal(dim1=-2, dim2=-1)
+    return diagonal.mean(-1)[:, None, None]
