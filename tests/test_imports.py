@@ -27,7 +27,12 @@ FLOORS = [
     },
     {"curvature.tail"},
     {"curvature.blocks", "curvature.observation", "curvature.conjugate_gradients"},
-    {"curvature.score_backward", "curvature.matrix_free", "curvature.uses"},
+    {
+        "curvature.static_graph",
+        "curvature.score_backward",
+        "curvature.matrix_free",
+        "curvature.uses",
+    },
     {"curvature.observe", "curvature.jacobian"},
     {"curvature.block_choice", "curvature.exact_rows"},
     {"curvature.sharing"},

@@ -1,13 +1,26 @@
-"""Whether something was computed from some of the parameters, by what autograd knows of it."""
+"""What something was computed from, by what autograd knows of it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
-_HIDDEN = "CheckpointFunctionBackward"
+_HIDDEN = "CheckpointFunctionBackward"  # the old kind of checkpoint does not say from what
+
+
+def nodes(tensors: Sequence[Tensor]) -> Iterator[Any]:
+    """The nodes of the graph that led to some tensors, each once."""
+    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
+    met = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for source, _ in node.next_functions:
+            if source is not None and source not in met:
+                met.add(source)
+                waiting.append(source)
 
 
 def depends(tensors: Sequence[Tensor], parameters: Collection[int]) -> bool:
@@ -20,16 +33,7 @@ def depends(tensors: Sequence[Tensor], parameters: Collection[int]) -> bool:
         tensors: with their graph.
         parameters: by their ids.
     """
-    if any(id(t) in parameters for t in tensors):
-        return True
-    waiting: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    met = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        # The old kind of checkpoint hides what it computed from.
-        if id(getattr(node, "variable", None)) in parameters or node.name() == _HIDDEN:
-            return True
-        new = {source for source, _ in node.next_functions if source is not None} - met
-        met |= new
-        waiting += new
-    return False
+    return any(id(t) in parameters for t in tensors) or any(
+        id(getattr(node, "variable", None)) in parameters or node.name() == _HIDDEN
+        for node in nodes(tensors)
+    )

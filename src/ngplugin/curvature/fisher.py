@@ -24,7 +24,7 @@ from ngplugin.curvature.blocks import (
 from ngplugin.curvature.blocks.block import curvature_dtype
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.likelihoods import ScoredCall
-from ngplugin.curvature.ranks import mean_over_ranks, several_ranks
+from ngplugin.curvature.ranks import several_ranks
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
@@ -229,7 +229,11 @@ class Fisher:
 
     @staticmethod
     def _mean_eigenvalues(ready: Sequence[Block]) -> Tensor:
-        return mean_over_ranks(torch.stack([block.mean_eigenvalue() for block in ready]))
+        if not several_ranks():
+            return torch.stack([block.mean_eigenvalue() for block in ready])
+        averaged = [block for block in ready if isinstance(block, AveragedBlock)]
+        of_all = zip(averaged, sharing.means(averaged), strict=True)
+        return torch.stack([block.scale(means).mean() for block, means in of_all])
 
     @staticmethod
     def _rounding(ready: Sequence[Block]) -> float:

@@ -49,6 +49,7 @@ from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
 from ngplugin.curvature.recorded_call import Mark, tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
+from ngplugin.curvature.static_graph import unannounced
 from ngplugin.curvature.subclasses import plain
 from ngplugin.curvature.tail import Tail
 from ngplugin.curvature.tape import Tape
@@ -311,7 +312,8 @@ class Observer(TorchFunctionMode):
         weights = loss.weights(gradient)
         likelihood = loss.likelihood()
         if self._backward is not None and weights.numel():  # a batch may be empty
-            self._backward.run(observation, loss, weights)
+            with unannounced(loss.predictions):
+                self._backward.run(observation, loss, weights)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
 
     def _own_loss(

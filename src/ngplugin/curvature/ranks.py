@@ -14,9 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def ranks() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def several_ranks() -> bool:
     """Whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return ranks() > 1
 
 
 def rank() -> int:

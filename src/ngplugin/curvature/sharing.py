@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ngplugin.curvature.block_choice import BlockChoice
 from ngplugin.curvature.blocks import BLOCKS, AveragedBlock, BlockDamping
-from ngplugin.curvature.ranks import alike, all_ranks, mean_over_ranks_, rank
+from ngplugin.curvature.ranks import alike, all_ranks, mean_over_ranks_, rank, ranks
 
 Statistic = dict[str, Tensor] | None  # None: not finite; empty: nothing was added
 
@@ -60,7 +60,7 @@ def agree(
     if _same_everywhere(mine, device):
         choice.arrange()
         return {block_at[o.places]: statistics[block_at[o.places]] for o in mine}
-    offers: list[list[_Offer]] = [[] for _ in range(dist.get_world_size())]
+    offers: list[list[_Offer]] = [[] for _ in range(ranks())]
     dist.all_gather_object(offers, mine)
     agreed: dict[tuple[int, ...], list[_Offer]] = {}
     taken: dict[int, tuple[int, ...]] = {}  # place of a parameter -> those of its block
@@ -101,7 +101,7 @@ def refresh(blocks: Sequence[AveragedBlock], damping: BlockDamping) -> int:
         How many factorizations failed.
     """
     average(blocks)
-    owners = assigned([work(block) for block in blocks], dist.get_world_size())
+    owners = assigned([work(block) for block in blocks], ranks())
     mine = [i for i, owner in enumerate(owners) if owner == rank()]
     inverted = {i: blocks[i].invert(damping) for i in mine}
     shared = _shared(blocks, inverted, owners)
@@ -114,7 +114,7 @@ def work(block: AveragedBlock) -> int:
     return sum(shape[0] * int(shape[-1]) ** (3 if len(shape) == 3 else 1) for shape in shapes)
 
 
-def assigned(works: Sequence[int], ranks: int) -> list[int]:
+def assigned(works: Sequence[int], processes: int) -> list[int]:
     """Who does what: the largest piece first, each to the process with the least to do so far.
 
     The longest process takes at most 4/3 of the shortest time possible (Graham 1969, Bounds on
@@ -122,14 +122,14 @@ def assigned(works: Sequence[int], ranks: int) -> list[int]:
 
     Args:
         works: of each piece.
-        ranks: how many processes there are.
+        processes: how many there are.
 
     Returns:
         A process for each piece.
     """
-    loads, owners = [0] * ranks, [0] * len(works)
+    loads, owners = [0] * processes, [0] * len(works)
     for i in sorted(range(len(works)), key=lambda i: -works[i]):
-        owners[i] = min(range(ranks), key=lambda r: loads[r])
+        owners[i] = min(range(processes), key=lambda r: loads[r])
         loads[owners[i]] += works[i]
     return owners
 
@@ -183,7 +183,7 @@ def _shared(
         i: None if tensors is None else [(n, t.shape, t.dtype) for n, t in tensors.items()]
         for i, tensors in inverted.items()
     }
-    gathered: list[dict[int, Any]] = [{} for _ in range(dist.get_world_size())]
+    gathered: list[dict[int, Any]] = [{} for _ in range(ranks())]
     dist.all_gather_object(gathered, made)
     layouts = {i: layout for of_one in gathered for i, layout in of_one.items()}
     result: list[Statistic] = [None if layouts[i] is None else {} for i in range(len(owners))]

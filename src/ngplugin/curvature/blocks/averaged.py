@@ -12,13 +12,14 @@ from torch import Tensor
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
 from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
+from ngplugin.curvature.ranks import ranks
 
 
 class AveragedBlock(Block):
     """A block whose statistic is a few named tensors, each kept as a running average.
 
     A subclass adds tensors up as scores arrive (`_add`), says which statistic they make
-    (`_statistic`), how large F is by the averages (`_scale`), and inverts them into more named
+    (`_statistic`), how large F is by the averages (`scale`), and inverts them into more named
     tensors (`invert`), from which it forms products. The rest is here: dropping, folding, growing,
     saving.
 
@@ -41,7 +42,7 @@ class AveragedBlock(Block):
         """What is to be folded into the averages of the same names."""
 
     @abstractmethod
-    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+    def scale(self, means: Mapping[str, Tensor]) -> Tensor:
         """The mean eigenvalue of F/Σw, one for each part that may grow by itself.
 
         Args:
@@ -68,8 +69,11 @@ class AveragedBlock(Block):
         return self._averages[name].value
 
     def effective_count(self, name: str) -> float:
-        """How many equally weighted statistics would vary as little as this average."""
-        return self._averages[name].effective_count
+        """How many equally weighted statistics would vary as little as this average.
+
+        Of several processes each has its own.
+        """
+        return self._averages[name].effective_count * ranks()
 
     def discard(self) -> None:
         """Forget what was added and not folded."""
@@ -112,7 +116,7 @@ class AveragedBlock(Block):
         """Scale products with F to what the averages have become since the last refresh."""
         then = self._refreshed_scale
         if then is not None:
-            self._growth = torch.where(then > 0, self._scale(means) / then, 1.0)
+            self._growth = torch.where(then > 0, self.scale(means) / then, 1.0)
 
     @property
     def ready(self) -> bool:
@@ -126,7 +130,7 @@ class AveragedBlock(Block):
 
     def mean_eigenvalue(self) -> Tensor:
         """The mean of the scales."""
-        return self._scale(self.means()).mean()
+        return self.scale(self.means()).mean()
 
     def refresh(self, damping: BlockDamping) -> bool:
         """Invert the damped averages, as the block's class says."""
@@ -139,7 +143,7 @@ class AveragedBlock(Block):
             False if it failed; then the old inverse stays.
         """
         if inverted:
-            self._refreshed, self._refreshed_scale = inverted, self._scale(self.means())
+            self._refreshed, self._refreshed_scale = inverted, self.scale(self.means())
             self._growth = 1.0
         return inverted is not None
 

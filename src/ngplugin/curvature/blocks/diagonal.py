@@ -48,7 +48,8 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
         """g²/Σw."""
         return {"F": added["F"] / total_weight}
 
-    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+    def scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        """Of the diagonal."""
         return means["F"].mean()
 
     def invert(self, damping: BlockDamping) -> dict[str, Tensor]:

@@ -51,8 +51,9 @@ class EigenBlock(KroneckerBlock):
         statistic = super()._statistic(added, total_weight)
         return {**statistic, "M": added["M"] / total_weight} if "M" in added else statistic
 
-    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
-        return self.average("M").mean() if "M" in self._averages else super()._scale(means).mean()
+    def scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        """Of M, once there is one."""
+        return self.average("M").mean() if "M" in self._averages else super().scale(means).mean()
 
     def grow(self, means: Mapping[str, Tensor]) -> None:
         """The eigenvalues are those of the new averages, nothing has to be scaled."""

@@ -69,7 +69,8 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
             "draws": added["draws"],
         }
 
-    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+    def scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        """Mean of A, whose trace is 1, times mean of G."""
         return means["G"] / self._layout.inputs  # A has a trace of 1
 
     def averaged_factors(self) -> tuple[Tensor, Tensor]:

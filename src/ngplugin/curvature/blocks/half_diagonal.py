@@ -87,7 +87,8 @@ class HalfDiagonalBlock(KroneckerProductBlock, MapBlock):
     def _averaged_uses(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
         return self._uses({name: self.average(name) for name in self._averages})
 
-    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+    def scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        """Of each use, added up."""
         return total(v * M / rows for _, v, M, rows in self._uses(means))
 
     def averaged_factors(self) -> tuple[Tensor, Tensor]:

@@ -166,7 +166,8 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         rows = rows.clamp_min(torch.finfo(self._dtype).tiny)
         return inputs / rows.reshape(-1, *[1] * (inputs.dim() - 1)), self.average("G")
 
-    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+    def scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        """Mean of A times mean of G."""
         rows = means["rows"].clamp_min(torch.finfo(self._dtype).tiny)
         return means["inputs"] / rows * means["G"]
 

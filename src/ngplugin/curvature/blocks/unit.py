@@ -39,7 +39,8 @@ class UnitBlock(AveragedBlock, GradientBlock):
         """ggᵀ/Σw."""
         return {"F": added["F"] / total_weight}
 
-    def _scale(self, means: Mapping[str, Tensor]) -> Tensor:
+    def scale(self, means: Mapping[str, Tensor]) -> Tensor:
+        """Of all features."""
         return means["F"].mean()
 
     def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
