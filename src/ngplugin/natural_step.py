@@ -6,7 +6,7 @@ import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -50,6 +50,7 @@ class NaturalGradientStep:
         steps: how many were made.
         report: of the last one.
         losses: names of those that were scored so far.
+        listeners: are given the report of each step.
     """
 
     def __init__(self, options: Options) -> None:
@@ -61,6 +62,7 @@ class NaturalGradientStep:
         self.steps = 0
         self.report: StepReport | None = None
         self.losses: list[str] = []
+        self.listeners: list[Callable[[StepReport], None]] = []
         self._solver: Solver = BlockSolver(options.layer_balance)
         if options.structure == "matrix-free":
             self._solver = MatrixFreeSolver(options.cg_iterations, options.layer_balance)
@@ -245,6 +247,8 @@ class NaturalGradientStep:
         )
         self.steps += 1
         self._last_time = now
+        for listener in self.listeners:
+            listener(self.report)
         self._check.see(self.report.reduction_ratio)
         self._watch_on()
 

@@ -225,6 +225,11 @@ class NaturalGradientOptimizer(Optimizer):
         return self._engine.options
 
     @property
+    def listeners(self) -> list[Callable[[StepReport], None]]:
+        """Functions that are given the report of each step; append yours."""
+        return self._engine.listeners
+
+    @property
     def report(self) -> StepReport | None:
         """The last step in numbers; None before the first."""
         return self._engine.report

@@ -22,7 +22,12 @@ class MetricsLogger(Protocol):
         """Write numbers under their names, for one step."""
 
 
-def metrics(report: StepReport) -> dict[str, float]:
+def prefix(optimizer: int) -> str:
+    """What the names of an optimizer's metrics begin with: `natgrad/`, then `natgrad-1/` ..."""
+    return PREFIX if optimizer == 0 else f"natgrad-{optimizer}/"
+
+
+def metrics(report: StepReport, optimizer: int = 0) -> dict[str, float]:
     """Name to value of everything in a report that has a value: `natgrad/kl` and so on.
 
     What was not measured at this step, and what is not finite (a radius without a bound), is left
@@ -30,26 +35,29 @@ def metrics(report: StepReport) -> dict[str, float]:
     """
     values = dataclasses.asdict(report)
     return {
-        PREFIX + name: float(value)
+        prefix(optimizer) + name: float(value)
         for name, value in values.items()
         if name not in _LEFT_OUT and value is not None and math.isfinite(value)
     }
 
 
-def log_step(loggers: Iterable[MetricsLogger], report: StepReport, step: int) -> None:
+def log_step(
+    loggers: Iterable[MetricsLogger], report: StepReport, step: int, optimizer: int = 0
+) -> None:
     """Write every metric of one step to every logger.
 
     Args:
         loggers: a trainer's.
         report: of the step.
         step: on the loggers' axis.
+        optimizer: whose step, of several.
     """
-    values = metrics(report)
+    values = metrics(report, optimizer)
     for logger in loggers:
         logger.log_metrics(values, step=step)
 
 
-def declare(loggers: Iterable[Any]) -> None:
+def declare(loggers: Iterable[Any], optimizer: int = 0) -> None:
     """Tell loggers that keep a summary of each metric to keep the largest KL, not the last.
 
     Only wandb does; other loggers have nothing to declare.
@@ -57,7 +65,7 @@ def declare(loggers: Iterable[Any]) -> None:
     for logger in loggers:
         define = getattr(getattr(logger, "experiment", None), "define_metric", None)
         if callable(define):
-            define(PREFIX + "kl", step_metric="trainer/global_step", summary="max")
+            define(prefix(optimizer) + "kl", step_metric="trainer/global_step", summary="max")
 
 
 class Summary:

@@ -393,12 +393,16 @@ class _Again(AbstractContextManager[None]):
 
 
 class _Paused(AbstractContextManager[None]):
+    """None of our own calls is seen, by whichever optimizer's observer."""
+
     def __init__(self, observer: Observer) -> None:
-        self._observer = observer
+        self._observers = {observer, *ACTIVE}
 
     def __enter__(self) -> None:
-        self._was = self._observer._paused
-        self._observer._paused = True
+        self._were = {observer: observer._paused for observer in self._observers}
+        for observer in self._observers:
+            observer._paused = True
 
     def __exit__(self, *exc: Any) -> None:
-        self._observer._paused = self._was
+        for observer, was in self._were.items():
+            observer._paused = was

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import Parameter, is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ngplugin.curvature.random_state import random_state, set_random_state
@@ -70,6 +70,7 @@ class Tape:
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
+        self._others: dict[int, tuple[Tensor, int]] = {}  # parameters that are not watched
         self._ungraphed: set[Slot] = set()  # last written to while gradients were disabled
         self.obstacle: str | None = None  # why this tape cannot be replayed
         self.hidden_derivative: str | None = None  # why a replay cannot be differentiated
@@ -93,6 +94,9 @@ class Tape:
         random = random_state(self.device)
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
+        for t, version in zip(constants, versions, strict=True):
+            if isinstance(t, Parameter) and id(t) not in self.parameters:
+                self._others.setdefault(id(t), (t, version))
         recorded_args = map_tensors(self._slot_of, args)
         recorded_kwargs = map_tensors(self._slot_of, kwargs)
 
@@ -257,6 +261,14 @@ class Tape:
         if leaves is None:
             return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
+
+    def outdated(self, marks: Sequence[Mark]) -> bool:
+        """Whether another optimizer has since changed a parameter that the marked tensors use."""
+        for _, call in self._needed_calls(marks) if self._others else ():
+            for t in tensors_in((call.args, call.kwargs)):
+                if id(t) in self._others and t._version != self._others[id(t)][1]:
+                    return True
+        return False
 
     # -- the part behind the last layers -------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +19,7 @@ from ngplugin.layer_balance import LayerBalance
 from ngplugin.lightning import coverage_table, trainer_settings
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
 from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
-from ngplugin.report import Coverage
+from ngplugin.report import Coverage, StepReport
 
 
 class NaturalGradient(Callback):
@@ -30,17 +32,21 @@ class NaturalGradient(Callback):
     keep their meaning; the size of its learning rate, which was tuned for other directions, is
     replaced by `lr`. A `NaturalGradientOptimizer` returned from there is taken as it is.
     Schedulers, checkpoints and loggers work as before; checkpoints carry the Fisher along, and
-    load without this callback too.
+    load without this callback too. Several optimizers and manual optimization are followed: what
+    `self.optimizers()` gives are the natural ones.
 
     After the first step it prints which block every parameter got, and after every step it writes
     the KL divergence, the condition number and more to all loggers, whatever `log_every_n_steps`
-    is; `natgrad/kl` is also among the `callback_metrics` and in the progress bar.
+    is; `natgrad/kl` is also among the `callback_metrics` and in the progress bar. Metrics of a
+    second optimizer begin with `natgrad-1/`, and so on.
 
     Args:
         lr: upper limit of the step at the peak of the learning-rate schedule, in units of the
             natural gradient.
         enabled: False leaves the training as it would be without this callback, bit for bit.
         show_coverage: print the table of parameters and blocks.
+        optimizers: which of the module's optimizers are to be natural, where there are several, by
+            their places in what `configure_optimizers()` returned; None for all.
         momentum: see `NaturalGradientOptimizer` for this and all others.
         nesterov: see there.
         kl_radius: see there; nats per term.
@@ -77,6 +83,7 @@ class NaturalGradient(Callback):
         *,
         enabled: bool = True,
         show_coverage: bool = True,
+        optimizers: list[int] | None = None,
         momentum: float = 0.9,
         nesterov: bool = True,
         kl_radius: float | None = 0.05,
@@ -131,95 +138,152 @@ class NaturalGradient(Callback):
             spectrum_every=spectrum_every,
             seed=seed,
         )
-        self._ng_optimizer: NaturalGradientOptimizer | None = None
+        self.optimizers = optimizers
+        self._ng_optimizers: list[NaturalGradientOptimizer] = []
         self._names: dict[int, str] = {}  # id of a parameter to its name in the module
         self._watching = ExitStack()
-        self._reported = -1  # the last step that was logged
-        self._summary = tracking.Summary()
+        self._scaler: Any = None  # of the loss, under 16-bit precision
+        self._reports: list[tuple[int, StepReport]] = []  # of the present batch
+        self._summaries: list[tracking.Summary] = [tracking.Summary()]
 
     # -- looking at it -------------------------------------------------------------------------
 
-    def summary(self) -> dict[str, float | None]:
-        """The last fit in a few numbers: see `ngplugin.tracking.Summary.numbers`."""
-        return self._summary.numbers()
+    def summary(self, optimizer: int = 0) -> dict[str, float | None]:
+        """The last fit in a few numbers: see `ngplugin.tracking.Summary.numbers`.
 
-    def coverage(self) -> Coverage:
+        Args:
+            optimizer: which, among those that natural gradient was put into.
+        """
+        return self._summaries[optimizer].numbers()
+
+    def coverage(self, optimizer: int = 0) -> Coverage:
         """Which block every parameter has; complete after the first step.
+
+        Args:
+            optimizer: which, among those that natural gradient was put into.
 
         Raises:
             RuntimeError: no fit has started yet.
         """
-        if self._ng_optimizer is None:
+        if not self._ng_optimizers:
             raise RuntimeError("coverage() is known once trainer.fit() has started")
-        return self._ng_optimizer.coverage(self._names)
+        return self._ng_optimizers[optimizer].coverage(self._names)
 
     # -- Lightning's hooks ---------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Put a natural-gradient optimizer in the place of the module's own."""
+        """Put natural-gradient optimizers in the place of the module's own."""
+        self._clean_up()
+        self._ng_optimizers = []
         if not self.enabled:
             return
-        trainer_settings.check(trainer, pl_module)
-        (given,) = trainer.strategy.optimizers  # automatic optimization allows for one only
-        if not isinstance(given, NaturalGradientOptimizer):
-            self._ng_optimizer = WrappedNaturalGradient(given, self.lr, self.options)
-            trainer.strategy.optimizers = [self._ng_optimizer]
-        elif (self.lr, self.options) == (1.0, Options()):
-            self._ng_optimizer = given
-        else:
-            raise OptionError(
-                "configure_optimizers() returned a NaturalGradientOptimizer, which has options of "
-                "its own, and NaturalGradient was given others. Give them in one place."
-            )
+        given = list(trainer.strategy.optimizers)
+        chosen = self._chosen(given)
         self._names = {id(p): name for name, p in pl_module.named_parameters()}
-        self._summary = tracking.Summary()
-        self._reported = -1
-        tracking.declare(trainer.loggers)
+        parameters = [p for i in chosen for g in given[i].param_groups for p in g["params"]]
+        names = {self._names.get(id(p), f"no. {i}"): p for i, p in enumerate(parameters)}
+        trainer_settings.check(trainer, names)
+        for i in chosen:
+            given[i] = self._natural(given[i])
+        trainer.strategy.optimizers = given
+        self._ng_optimizers = [given[i] for i in chosen]
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._summaries = [tracking.Summary() for _ in chosen]
+        for i, optimizer in enumerate(self._ng_optimizers):
+            tracking.declare(trainer.loggers, i)
+            optimizer.listeners.append(self._listener(i))
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Begin to observe."""
         self._watching.close()
-        if self._ng_optimizer is not None:
-            self._watching.enter_context(self._ng_optimizer.observe())
+        for optimizer in self._ng_optimizers:
+            self._watching.enter_context(optimizer.observe(self._scaler))
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        """The forward pass is over; what the backward pass tells comes through hooks."""
-        self._watching.close()
+        """The forward pass is over; what the backward pass tells comes through hooks.
+
+        With manual optimization another forward pass may follow.
+        """
+        if pl_module.automatic_optimization:
+            self._watching.close()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report the step, if this batch made one."""
+        """Report the steps that this batch made, if any."""
         self._watching.close()
-        report = None if self._ng_optimizer is None else self._ng_optimizer.report
-        if report is None or report.step == self._reported:
-            return
-        if self._reported < 0 and self.show_coverage and trainer.is_global_zero:
-            coverage_table.show(self.coverage())
-        self._reported = report.step
-        self._summary.add(report)
+        reports, self._reports = self._reports, []
         # The step that Lightning's own logging writes at this moment.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        tracking.log_step(trainer.loggers, report, step)
-        if report.kl is not None:
-            name = f"{tracking.PREFIX}kl"
-            pl_module.log(name, report.kl, prog_bar=True, logger=False, on_step=True)
+        for i, report in reports:
+            self._summaries[i].add(report)
+            tracking.log_step(trainer.loggers, report, step, i)
+        for i in range(len(self._ng_optimizers)):
+            kls = [report.kl for of, report in reports if of == i and report.kl is not None]
+            if kls:
+                name = f"{tracking.prefix(i)}kl"
+                pl_module.log(name, kls[-1], prog_bar=True, logger=False, on_step=True)
+            first = any(of == i and report.step == 0 for of, report in reports)
+            if first and self.show_coverage and trainer.is_global_zero:
+                coverage_table.show(self.coverage(i))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """An epoch that was cut short in `on_train_batch_start` leaves an open observation."""
+        """Say it if steps are made behind our back.
+
+        An epoch that was cut short in `on_train_batch_start` also leaves an open observation.
+        """
         self._watching.close()
+        if trainer.current_epoch > 0 or pl_module.automatic_optimization:
+            return
+        idle = [i for i, s in enumerate(self._summaries) if s.numbers()["steps"] == 0]
+        if idle and len(self._summaries) == len(self._ng_optimizers):
+            warnings.warn(
+                f"NaturalGradient: no step was made through optimizer {idle[0]} in the first "
+                "epoch. Usual cause: training_step uses a reference to the optimizer that "
+                "configure_optimizers() kept. Take it from self.optimizers() instead; or, if it "
+                f"is not to be natural, name the others: NaturalGradient(optimizers=[...]).",
+                stacklevel=2,
+            )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop observing."""
         self._clean_up()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Stop observing; the optimizer stays, so that a checkpoint may still be written."""
+        """Stop observing; the optimizers stay, so that a checkpoint may still be written."""
         self._clean_up()
 
     def _clean_up(self) -> None:
         self._watching.close()
-        if self._ng_optimizer is not None:
-            self._ng_optimizer.forget_observations()
+        self._reports.clear()
+        for optimizer in self._ng_optimizers:
+            optimizer.forget_observations()
+            optimizer.listeners.clear()
+
+    def _chosen(self, given: Sequence[Any]) -> list[int]:
+        """The places of the optimizers that are to be natural."""
+        if self.optimizers is None:
+            return list(range(len(given)))
+        if wrong := [i for i in self.optimizers if i not in range(len(given))]:
+            raise OptionError(
+                f"NaturalGradient(optimizers={list(self.optimizers)}): there is no optimizer "
+                f"{wrong[0]}; configure_optimizers() returned {len(given)}, numbered from 0."
+            )
+        return sorted(set(self.optimizers))
+
+    def _natural(self, optimizer: Any) -> NaturalGradientOptimizer:
+        """An optimizer of the module with natural steps."""
+        if not isinstance(optimizer, NaturalGradientOptimizer):
+            return WrappedNaturalGradient(optimizer, self.lr, self.options)
+        # What was wrapped for an earlier fit of the same callback has its options.
+        if (self.lr, self.options) != (1.0, Options()) and self.options is not optimizer.options:
+            raise OptionError(
+                "configure_optimizers() returned a NaturalGradientOptimizer, which has options of "
+                "its own, and NaturalGradient was given others. Give them in one place."
+            )
+        return optimizer
+
+    def _listener(self, i: int) -> Callable[[StepReport], None]:
+        return lambda report: self._reports.append((i, report))
