@@ -131,6 +131,8 @@ class NaturalGradientStep:
                 yield
         finally:
             self._observer = None
+            if self._observations and not observer.observation.tape.calls:
+                self._observations.remove(observer.observation)  # nothing came after the last step
 
     def zeroed(self) -> None:
         """Drop what was learnt along with gradients that were now zeroed, and no step used.

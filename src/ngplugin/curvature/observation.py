@@ -56,7 +56,7 @@ class ScoredLoss:
         return torch.where(self.weights > 0, self.weights * terms, 0.0).sum()
 
 
-@dataclass
+@dataclass(eq=False)
 class Observation:
     """What one forward and backward pass showed."""
 

@@ -70,7 +70,8 @@ class Tape:
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
-        self._others: dict[int, tuple[Tensor, int]] = {}  # parameters that are not watched
+        # Place of a call -> parameters that are not watched, as old as they were.
+        self._others: dict[int, list[tuple[Tensor, int]]] = {}
         self._ungraphed: set[Slot] = set()  # last written to while gradients were disabled
         self.obstacle: str | None = None  # why this tape cannot be replayed
         self.hidden_derivative: str | None = None  # why a replay cannot be differentiated
@@ -94,9 +95,11 @@ class Tape:
         random = random_state(self.device)
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
-        for t, version in zip(constants, versions, strict=True):
-            if isinstance(t, Parameter) and id(t) not in self.parameters:
-                self._others.setdefault(id(t), (t, version))
+        others: list[tuple[Tensor, int]] = [
+            (t, version)
+            for t, version in zip(constants, versions, strict=True)
+            if isinstance(t, Parameter) and id(t) not in self.parameters
+        ]
         recorded_args = map_tensors(self._slot_of, args)
         recorded_kwargs = map_tensors(self._slot_of, kwargs)
 
@@ -133,6 +136,8 @@ class Tape:
             return result  # its first values, to which a replay shall not go back
         if rewritten:
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
+        if others:
+            self._others[len(self.calls)] = others
         autocast = torch.is_autocast_enabled(self.device.type)
         self.calls.append(
             RecordedCall(
@@ -264,11 +269,10 @@ class Tape:
 
     def outdated(self, marks: Sequence[Mark]) -> bool:
         """Whether another optimizer has since changed a parameter that the marked tensors use."""
-        for _, call in self._needed_calls(marks) if self._others else ():
-            for t in tensors_in((call.args, call.kwargs)):
-                if id(t) in self._others and t._version != self._others[id(t)][1]:
-                    return True
-        return False
+        if not self._others:
+            return False
+        used = (other for i, _ in self._needed_calls(marks) for other in self._others.get(i, ()))
+        return any(t._version != version for t, version in used)
 
     # -- the part behind the last layers -------------------------------------------------------
 
