@@ -41,6 +41,7 @@ FLOORS = [
     {
         "damping",
         "declaration",
+        "saved_places",
         "trust_region",
         "momentum",
         "report",

@@ -29,6 +29,7 @@ from ngplugin.nat_worth import BatchNatWorth, NatWorth, RunningNatWorth
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
+from ngplugin.saved_places import Places
 from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver, SubspaceSolver
 from ngplugin.step_group import StepGroup, make_dense
 from ngplugin.step_length import Applied, Model, StepLength, model_of
@@ -436,13 +437,22 @@ class NaturalGradientStep:
 
     # -- saving --------------------------------------------------------------------------------
 
-    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """Plain tensors and numbers, everything that a bit-exact continuation needs."""
+    def state_dict(
+        self, parameters: Sequence[Tensor], names: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """Plain tensors and numbers, everything that a bit-exact continuation needs.
+
+        Args:
+            parameters: in the optimizer's order.
+            names: theirs, where they are known; they tell parameters apart if some are added or
+                removed before the state is loaded.
+        """
         self.fisher.parameters = [*parameters]
         weight, condition = self._weight, self._condition
         return {
             "steps": self.steps,
             "shapes": [tuple(p.shape) for p in parameters],
+            "names": names,
             "momentum": self._momentum.state_dict(parameters),
             "fisher": self.fisher.state_dict(),
             "bound": self._bound.state_dict(),
@@ -458,17 +468,26 @@ class NaturalGradientStep:
             "statistics_step": self._statistics_step,
         }
 
-    def load_state_dict(self, state: dict[str, Any], parameters: Sequence[Tensor]) -> bool:
-        """Take over a saved state; returns False if it belongs to parameters of other shapes."""
-        if [tuple(shape) for shape in state["shapes"]] != [tuple(p.shape) for p in parameters]:
-            return False
+    def load_state_dict(
+        self,
+        state: dict[str, Any],
+        parameters: Sequence[Tensor],
+        names: Sequence[str] | None = None,
+    ) -> Places:
+        """Take over what a saved state has of these parameters; arguments as of `state_dict`."""
+        shapes = [p.shape for p in parameters]
+        places = Places.find(shapes, names, state["shapes"], state.get("names"))
+        if all(i is None for i in places.of):
+            return places  # another model: its first steps are first steps
         self.steps = int(state["steps"])
-        self._momentum.load_state_dict(state["momentum"], parameters)
+        self._momentum.load_state_dict(places.rearranged(state["momentum"]), parameters)
         self.fisher.parameters = [*parameters]
-        self.fisher.load_state_dict(state["fisher"])
-        self._bound.load_state_dict(state["bound"])
-        self._solver.load_state_dict(state["solver"], parameters)
-        if self.fisher.exact is not None and state.get("exact") is not None:
+        self.fisher.load_state_dict(places.renumbered(state["fisher"]))
+        if places.same:  # else the next step is measured, and calibrates anew
+            self._bound.load_state_dict(state["bound"])
+        self._solver.load_state_dict(places.rearranged(state["solver"]), parameters)
+        # Where an exact block lost a parameter, it is decided anew.
+        if self.fisher.exact is not None and state.get("exact") is not None and places.same:
             self.fisher.exact.load_state_dict(state["exact"], self.fisher.blocks)
         steering = self._steering()
         if steering is not None and state.get("damping") is not None:
@@ -484,7 +503,7 @@ class NaturalGradientStep:
         self._condition = state["condition"] and Condition(*state["condition"])
         self._condition_step = int(state["condition_step"])
         self._statistics_step = int(state.get("statistics_step", self.steps - 1))
-        return True
+        return places
 
 
 def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields
 from typing import Any
@@ -218,6 +218,7 @@ class NaturalGradientOptimizer(Optimizer):
     def _prepare(self, options: Options) -> None:
         self._engine = NaturalGradientStep(options)
         self._peak_lr: list[float] = []  # the largest seen, a group each
+        self.parameter_names: dict[int, str] = {}  # by id; for messages and saved states
 
     @property
     def options(self) -> Options:
@@ -308,9 +309,10 @@ class NaturalGradientOptimizer(Optimizer):
         """Which block every parameter has; complete after the first step.
 
         Args:
-            names: of parameters, by id; otherwise those in the groups, otherwise numbers.
+            names: of parameters, by id; otherwise `parameter_names`, otherwise those in the groups,
+                otherwise numbers.
         """
-        engine = self._engine
+        engine, names = self._engine, names or self.parameter_names
         return coverage_of(self.param_groups, engine.fisher, self.options, engine.losses, names)
 
     # -- saving --------------------------------------------------------------------------------
@@ -322,7 +324,7 @@ class NaturalGradientOptimizer(Optimizer):
         """
         state = self._plain_state_dict()
         state[_STATE_KEY] = {
-            **self._engine.state_dict(self._parameters()),
+            **self._engine.state_dict(self._parameters(), self._names()),
             "peak_lr": list(self._peak_lr),
         }
         return state
@@ -330,24 +332,52 @@ class NaturalGradientOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class, or of a plain optimizer: then F starts anew.
 
+        If parameters were added or removed since, a warning names them, and what is known of the
+        others is taken over.
+
         Args:
             state_dict: what `state_dict()` returned.
-
-        Raises:
-            ValueError: the parameter groups do not fit (as of any torch optimizer).
         """
         ours = state_dict.get(_STATE_KEY)
-        self._load_plain_state_dict({k: v for k, v in state_dict.items() if k != _STATE_KEY})
+        plain = {k: v for k, v in state_dict.items() if k != _STATE_KEY}
+        names = self._names()  # torch puts the saved ones in the place of the groups' own
+        try:
+            self._load_plain_state_dict(plain)
+        except ValueError as error:  # groups of other sizes
+            self._load_settings(plain["param_groups"])
+            if ours is None:
+                warnings.warn(
+                    f"ngplugin: the saved optimizer has other parameters ({error}); its state is "
+                    "not used, natural-gradient steps do without.",
+                    stacklevel=2,
+                )
         if ours is None:
             return
-        if self._engine.load_state_dict(ours, self._parameters()):
-            self._peak_lr = list(ours["peak_lr"])
-        else:
+        places = self._engine.load_state_dict(ours, self._parameters(), names)
+        self._peak_lr[:] = ours["peak_lr"]
+        if not places.same:
             warnings.warn(
-                "ngplugin: the saved curvature belongs to parameters of other shapes; it starts "
-                "anew. Usual cause: a layer was added or removed since the checkpoint.",
+                "ngplugin: parameters have changed since the state was saved. "
+                f"Curvature and momentum start anew for: {', '.join(places.new) or 'none'}. "
+                f"Saved, but not here: {', '.join(places.gone) or 'none'}. Usual cause: a layer "
+                "was added, removed or resized.",
                 stacklevel=2,
             )
+
+    def _load_settings(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Learning rates and the like of saved groups, where there are as many as here."""
+        if len(saved) == len(self.param_groups):
+            for group, settings in zip(self.param_groups, saved, strict=True):
+                kept = {k: v for k, v in settings.items() if k not in ("params", "param_names")}
+                group.update(kept)
+
+    def _names(self) -> list[str] | None:
+        """Every parameter's name, if somebody has told them."""
+        found = [self.parameter_names.get(id(p)) for p in self._parameters()]
+        if None in found:  # torch keeps names if the constructor was given them
+            found = [name for g in self.param_groups for name in g.get("param_names", ())]
+        names = [name for name in found if name is not None]
+        return names if len(names) == len(self._parameters()) else None
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

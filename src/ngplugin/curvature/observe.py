@@ -96,6 +96,8 @@ class Observer(TorchFunctionMode):
             divides the gradients afterwards.
     """
 
+    _warned_of_scaler = False
+
     def __init__(
         self,
         parameters: Sequence[Tensor],
@@ -309,12 +311,25 @@ class Observer(TorchFunctionMode):
     def _score(
         self, observation: Observation, loss: ScoredCall, mark: Mark, gradient: Tensor
     ) -> None:
+        if self._scaler is None and any(p.dtype == torch.float16 for p in loss.predictions):
+            self._warn_of_scaler()
         weights = loss.weights(gradient)
         likelihood = loss.likelihood()
         if self._backward is not None and weights.numel():  # a batch may be empty
             with unannounced(loss.predictions):
                 self._backward.run(observation, loss, weights)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
+
+    def _warn_of_scaler(self) -> None:
+        if not Observer._warned_of_scaler:
+            Observer._warned_of_scaler = True
+            warnings.warn(
+                "ngplugin: a prediction is in float16, and no loss scaler is known. If a "
+                "torch.amp.GradScaler multiplies the loss before backward(), tell it: "
+                "`with optimizer.observe(scaler=scaler):`. Otherwise steps are too short by its "
+                "factor. (Lightning's callback does so by itself.)",
+                stacklevel=2,
+            )
 
     def _own_loss(
         self, observation: Observation, place: Mark, seen: Tensor

@@ -74,13 +74,12 @@ class ScoreBackward:
         if not inputs:
             return
         for seeds, share in loss.scores(self._kind, weights, self._draws, self._generator):
+            enlarged, factor = _enlarged(seeds, loss.predictions)
             scores = torch.autograd.grad(
-                loss.predictions,
-                inputs,
-                [g.to(p.dtype) for g, p in zip(seeds, loss.predictions, strict=True)],
-                retain_graph=True,
-                allow_unused=True,
+                loss.predictions, inputs, enlarged, retain_graph=True, allow_unused=True
             )
+            if factor is not None:
+                scores = [s if s is None else s.float() / factor for s in scores]
             for (call, _), score in zip(maps, scores, strict=False):
                 if score is not None:
                     self._sink.add_map_score(call, score, share)
@@ -126,3 +125,19 @@ class ScoreBackward:
                     if call.weight is weight and score is not None:
                         missing -= call.weight_gradient(score)
                 self._sink.compare(weight, bool(missing.norm() > 0.05 * exact.norm()))
+
+
+def _enlarged(
+    seeds: Sequence[Tensor], predictions: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor | None]:
+    """Scores in the predictions' types, and by what they were multiplied, if by anything.
+
+    In float16 what is far below 1 soon is nothing on its way back, so the largest is made 1, as a
+    loss scaler does with the objective.
+    """
+    factor = None
+    if any(p.dtype == torch.float16 for p in predictions):
+        largest = torch.stack([g.abs().amax() for g in seeds if g.numel()]).max().float()
+        factor = torch.where(largest > 0, 1 / largest, 1.0)
+        seeds = [g * factor for g in seeds]
+    return [g.to(p.dtype) for g, p in zip(seeds, predictions, strict=True)], factor

@@ -167,7 +167,7 @@ class NaturalGradient(Callback):
         """
         if not self._ng_optimizers:
             raise RuntimeError("coverage() is known once trainer.fit() has started")
-        return self._ng_optimizers[optimizer].coverage(self._names)
+        return self._ng_optimizers[optimizer].coverage()
 
     # -- Lightning's hooks ---------------------------------------------------------------------
 
@@ -192,6 +192,7 @@ class NaturalGradient(Callback):
         for i, optimizer in enumerate(self._ng_optimizers):
             tracking.declare(trainer.loggers, i)
             optimizer.listeners.append(self._listener(i))
+            optimizer.parameter_names.update(self._names)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
