@@ -114,13 +114,11 @@ class StepLength:
     def measurable(self, observations: Sequence[Observation], nats: float) -> list[Observation]:
         """The observations to measure with, empty where the KL cannot be measured.
 
-        Nor can it in any process, where one has nothing to measure, or where another optimizer has
-        changed since what the prediction was computed with.
+        Nor can it in any process, where that of one has nothing to measure.
         """
         recorded = [o for o in observations if o.recorded]
         taped = [o for o in recorded if o.scored]
-        current = bool(taped) and all(o.replayable for o in taped)
-        if recorded and not all_ranks(current, recorded[0].tape.device):
+        if recorded and not all_ranks(bool(taped), recorded[0].tape.device):
             return []
         negligible = 1e-3 * self._bound.radius(1.0) * nats
         if not taped or self._measurement.possible(taped, negligible):

@@ -84,12 +84,6 @@ class Observation:
         marks = [loss.mark for loss in losses]
         return list(zip(losses, self.tape.replay(marks, leaves), strict=True))
 
-    @property
-    def replayable(self) -> bool:
-        """Whether there is a prediction, and all that it was computed with is still the same."""
-        marks = [loss.mark for loss in self.scored]
-        return self.recorded and bool(marks) and not self.tape.outdated(marks)
-
     def forget_scores(self) -> None:
         """Drop what a backward pass has told, its gradients having been zeroed."""
         self.spent = self.spent or bool(self.scored)

@@ -71,7 +71,12 @@ class RecordedCall:
         def value_of(leaf: Any) -> Any:
             if type(leaf) is Slot:
                 return values[leaf]
-            return torch.clone(leaf) if id(leaf) in self.copies else replaced.get(id(leaf), leaf)
+            if id(leaf) in self.copies:
+                return torch.clone(leaf)
+            if id(leaf) in replaced:
+                return replaced[id(leaf)]
+            # The graph of what was made from other optimizers' parameters is gone by now.
+            return leaf.detach() if isinstance(leaf, Tensor) and leaf.grad_fn else leaf
 
         if self.random is not None:
             set_random_state(device, self.random)

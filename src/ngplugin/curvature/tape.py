@@ -17,7 +17,7 @@ alive, until `release`: the objective as a function of the last ones is of inter
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ def _same(t: Tensor) -> Tensor:
     return t.view_as(t)
 
 
+def _graphed(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [t for t in tensors if t.requires_grad]
+
+
 class Tape:
     """Records calls as they happen (`run`), and runs them again (`replay`).
 
@@ -70,8 +74,7 @@ class Tape:
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
-        # Place of a call -> parameters that are not watched, as old as they were.
-        self._others: dict[int, list[tuple[Tensor, int]]] = {}
+        self._foreign: Any = WeakTensorKeyDictionary()  # made from other optimizers' parameters
         self._ungraphed: set[Slot] = set()  # last written to while gradients were disabled
         self.obstacle: str | None = None  # why this tape cannot be replayed
         self.hidden_derivative: str | None = None  # why a replay cannot be differentiated
@@ -83,10 +86,15 @@ class Tape:
         inputs = [*tensors_in(args), *tensors_in(kwargs)]
         self._adopt(inputs)
         if not any(id(t) in self.parameters or t in self._slots for t in inputs):
-            # What data that require grad lead to, such as coordinates, is differentiated by again.
             differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
             if not (differentiable and all(map(self.origin_known, inputs))):
                 return function(*args, **kwargs)
+            # What data that require grad lead to, such as coordinates, is differentiated by again.
+            # What only parameters of others lead to stays as it is, whatever becomes of them.
+            if all(isinstance(t, Parameter) or t in self._foreign for t in _graphed(inputs)):
+                result = function(*args, **kwargs)
+                self._foreign.update((t, None) for t in _graphed(tensors_in(result)))
+                return result
 
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
@@ -95,11 +103,6 @@ class Tape:
         random = random_state(self.device)
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
-        others: list[tuple[Tensor, int]] = [
-            (t, version)
-            for t, version in zip(constants, versions, strict=True)
-            if isinstance(t, Parameter) and id(t) not in self.parameters
-        ]
         recorded_args = map_tensors(self._slot_of, args)
         recorded_kwargs = map_tensors(self._slot_of, kwargs)
 
@@ -136,8 +139,6 @@ class Tape:
             return result  # its first values, to which a replay shall not go back
         if rewritten:
             self.obstacle = f"`{name}` changed a parameter in place during the forward pass"
-        if others:
-            self._others[len(self.calls)] = others
         autocast = torch.is_autocast_enabled(self.device.type)
         self.calls.append(
             RecordedCall(
@@ -267,13 +268,6 @@ class Tape:
             return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
 
-    def outdated(self, marks: Sequence[Mark]) -> bool:
-        """Whether another optimizer has since changed a parameter that the marked tensors use."""
-        if not self._others:
-            return False
-        used = (other for i, _ in self._needed_calls(marks) for other in self._others.get(i, ()))
-        return any(t._version != version for t, version in used)
-
     # -- the part behind the last layers -------------------------------------------------------
 
     def place(self, value: Tensor) -> Mark | None:
@@ -372,7 +366,8 @@ class Tape:
 
     def origin_known(self, t: Tensor) -> bool:
         """Whether the tape knows how a tensor was computed, if it was at all."""
-        return t in self._slots or id(t) in self.parameters or t.grad_fn is None
+        known = t in self._slots or id(t) in self.parameters or t.grad_fn is None
+        return known or t in self._foreign
 
     def _check_origin(self, tensors: Sequence[Tensor], name: str) -> None:
         for t in tensors:
