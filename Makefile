@@ -1,4 +1,4 @@
-# make train | test | lint | check | grid | trials | clean. A fresh machine needs Python 3.11 or newer, and make.
+# make train | test | lint | check | support | grid | trials | clean. A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test lint check grid trials clean
+.PHONY: train test lint check support grid trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -24,6 +24,10 @@ lint: $(INSTALLED)
 
 check:
 	.ci/run
+
+# docs/support.md, from the markers of the tests.
+support: $(INSTALLED)
+	$(BIN)/python -m tests.support
 
 # That no choice of rate, radius and damping makes a run end above its start: half an hour.
 grid: $(INSTALLED)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ngplugin import KlMatching, NaturalGradientOptimizer
+from ngplugin import KlMatching, NaturalGradientOptimizer, OptionError
 from ngplugin.curvature import sharing
 from tests.oracle import double, flat, randn
 
@@ -280,3 +280,22 @@ def test_each_block_is_inverted_by_one_rank(tmp_path: Path) -> None:
     refreshes = 5  # at steps 0, 1, 2, 4, 8
     assert len(one) + len(other) == 5 * refreshes
     assert len(one) in (2 * refreshes, 3 * refreshes)
+
+
+@pytest.mark.refuses("Distributed", "sharded parameters (DTensor) in a plain loop")
+def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 3)
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = NaturalGradientOptimizer(model.parameters())
+        with (
+            pytest.raises(OptionError, match=r"DTensor.*DistributedDataParallel"),
+            optimizer.observe(),
+        ):
+            pass
+    finally:
+        dist.destroy_process_group()

@@ -114,6 +114,13 @@ class NaturalGradientStep:
 
     @contextlib.contextmanager
     def _watch(self, parameters: Sequence[Tensor], scaler: LossScaler | None) -> Iterator[None]:
+        if any(hasattr(p, "to_local") for p in parameters):
+            raise OptionError(
+                "natural gradient of sharded parameters (DTensor): of pieces of a layer no Fisher "
+                "block can be formed. Usual cause: fully_shard() or tensor parallelism. Use "
+                "DistributedDataParallel, which leaves layers whole and spreads the work over the "
+                "devices, or give this optimizer the layers only that are whole."
+            )
         self.fisher.parameters = [*parameters]
         statistics, record = self._due()
         observer = Observer(
