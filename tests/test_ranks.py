@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ngplugin import KlMatching, NaturalGradientOptimizer, OptionError
+from ngplugin import KlMatching, NaturalGradientOptimizer, OptionError, step_length
 from ngplugin.curvature import sharing
 from tests.oracle import double, flat, randn
 
@@ -104,6 +104,7 @@ class Scenario:
     """What is trained, and by what.
 
     Attributes:
+        rounding: what the second process makes of the predicted KL by mistake, relatively.
         same: the steps are those of one process with whole batches, up to rounding.
     """
 
@@ -112,6 +113,7 @@ class Scenario:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     parallel: dict[str, Any] = dataclasses.field(default_factory=dict)
     micro_batches: int = 1
+    rounding: float = 0.0
     same: bool = True
 
 
@@ -138,6 +140,7 @@ SCENARIOS = {
     ),
     "static graph": Scenario(options=EXACT, parallel={"static_graph": True}),
     "accumulated without sync": Scenario(options=EXACT, micro_batches=2),
+    "devices that round differently": Scenario(options=EXACT, rounding=1e-6, same=False),
     "buckets as views": Scenario(options=EXACT, parallel={"gradient_as_bucket_view": True}),
 }
 
@@ -145,6 +148,10 @@ SCENARIOS = {
 def train(scenario: Scenario, model: nn.Module, share: slice) -> dict[str, Any]:
     """Parameters and reports after some steps on a share of the batches."""
     parameters = [*model.parameters()]
+    if scenario.rounding and dist.get_rank() == 1:
+        curvature = step_length._curvature
+        wrong = 1 + scenario.rounding
+        step_length._curvature = lambda moves, metric: wrong * curvature(moves, metric)
     optimizer = NaturalGradientOptimizer(parameters, **scenario.options)
     reports = []
     for seed in range(STEPS):
@@ -159,6 +166,8 @@ def train(scenario: Scenario, model: nn.Module, share: slice) -> dict[str, Any]:
         optimizer.step()
         report = dataclasses.asdict(optimizer.report)
         reports.append({k: v for k, v in report.items() if k not in ("seconds", "overhead")})
+    if scenario.rounding and dist.get_rank() == 1:
+        step_length._curvature = curvature
     fisher = optimizer._engine.fisher
     return {
         "weights": flat(parameters),
