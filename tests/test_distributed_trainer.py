@@ -124,8 +124,15 @@ def fit(
     trainer.fit(module, data(processes), ckpt_path=checkpoint)
     if save:
         trainer.save_checkpoint(f"{folder}/{save}")
+    engines = [o._engine for o in natural._ng_optimizers]
     whole = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in module.parameters()]
-    return {"weights": flat(whole), "summary": natural.summary(), "steps": trainer.global_step}
+    return {
+        "weights": flat(whole),
+        "summary": natural.summary(),
+        "steps": trainer.global_step,
+        "made": [engine.steps for engine in engines],
+        "momentum": [sum(1 for m in e._momentum._average.values() if m.any()) for e in engines],
+    }
 
 
 def refused(module: L.LightningModule, folder: str, **settings: Any) -> str:
@@ -172,6 +179,15 @@ def both(rank: int, folder: str, port: int) -> None:
             **two,
             strategy=ModelParallelStrategy(2, 1),
             options={**EXACT, "optimizers": [1]},
+            save="half.ckpt",
+        ),
+        "half sharded, resumed": fit(
+            HalfSharded(),
+            **two,
+            strategy=ModelParallelStrategy(2, 1),
+            options={**EXACT, "optimizers": [1]},
+            checkpoint=f"{folder}/half.ckpt",
+            epochs=EPOCHS + 1,
         ),
     }
     torch.save(found, f"{folder}/{rank}.pt")
@@ -257,3 +273,6 @@ def test_sharded_parameters_are_refused_by_name(ranks: list[dict[str, Any]]) -> 
 def test_layers_that_are_whole_beside_sharded_ones(ranks: list[dict[str, Any]]) -> None:
     found = once(ranks, "half sharded")
     assert found["summary"]["steps"] == EPOCHS * EXAMPLES // 16
+    resumed = once(ranks, "half sharded, resumed")
+    assert resumed["summary"]["steps"] == EXAMPLES // 16
+    assert resumed["made"] == [(EPOCHS + 1) * EXAMPLES // 16]  # saving makes none

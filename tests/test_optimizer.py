@@ -761,3 +761,20 @@ def test_a_step_without_gradients_in_a_watched_region_does_not_end_the_watching(
     optimizer.step()
     assert optimizer.report.step == 0
     assert optimizer.report.kl is not None
+
+
+def test_a_step_made_to_have_a_state_made_leaves_no_trace():
+    """`torch.distributed.checkpoint` makes one whenever it reads a state: zero gradients, rate 0."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    def run(asked_after):
+        model = network()
+        optimizer = NaturalGradientOptimizer(model.parameters())
+        for step in range(8):
+            if step in asked_after:
+                optimizer.zero_grad()
+                get_optimizer_state_dict(model, optimizer)
+            train(model, optimizer, 1)
+        return flat([*model.parameters()])
+
+    assert torch.equal(run((0, 3, 7)), run(()))

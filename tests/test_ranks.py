@@ -127,6 +127,9 @@ SCENARIOS = {
     "quadratic": Scenario(options={**EXACT, "step_size": "quadratic"}),
     "line search": Scenario(options={**EXACT, "step_size": "line-search"}),
     "steered damping": Scenario(options={**EXACT, "damping": KlMatching(), "structure": "eigen"}),
+    "steered damping of a diagonal": Scenario(
+        options={**EXACT, "damping": KlMatching(), "structure": "diagonal"}, same=False
+    ),
     "natural, absolute": Scenario(
         options={**EXACT, "layer_balance": "natural", "damping_mode": "absolute", "damping": 0.01}
     ),

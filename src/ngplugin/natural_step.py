@@ -199,7 +199,9 @@ class NaturalGradientStep:
     def step(self, groups: Sequence[StepGroup]) -> None:
         """Move the parameters along what was observed, and write the report.
 
-        Without any gradient there is nothing to do: no step is counted. A batch whose gradient is
+        Without any gradient there is nothing to do: no step is counted. Nor is one that moves
+        nothing and saw nothing: `torch.distributed.checkpoint` makes such steps, with learning
+        rates of zero, to have an optimizer make its state. A batch whose gradient is
         not finite is skipped, and no average learns from it; the momentum learns from no step that
         is not finite.
 
@@ -208,7 +210,8 @@ class NaturalGradientStep:
         """
         started = time.perf_counter()
         observations, self._observations = self._observations, []
-        if all(p.grad is None for group in groups for p in group.parameters):
+        idle = not observations and all(group.lr == 0 for group in groups)
+        if idle or all(p.grad is None for group in groups for p in group.parameters):
             self.fisher.discard()
             self._watch_on()
             return

@@ -323,10 +323,7 @@ class NaturalGradientOptimizer(Optimizer):
         Other optimizers load it and ignore that key; it holds plain tensors and numbers only.
         """
         state = self._plain_state_dict()
-        state[_STATE_KEY] = {
-            **self._engine.state_dict(self._parameters(), self._names()),
-            "peak_lr": list(self._peak_lr),
-        }
+        state[_STATE_KEY] = self.natural_state()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -351,17 +348,32 @@ class NaturalGradientOptimizer(Optimizer):
                     "not used, natural-gradient steps do without.",
                     stacklevel=2,
                 )
-        if ours is None:
-            return
-        places = self._engine.load_state_dict(ours, self._parameters(), names)
-        self._peak_lr[:] = ours["peak_lr"]
+        if ours is not None:
+            self.load_natural_state(ours, names)
+
+    def natural_state(self) -> dict[str, Any]:
+        """What `state_dict()` has beside a plain optimizer's state."""
+        return {
+            **self._engine.state_dict(self._parameters(), self._names()),
+            "peak_lr": list(self._peak_lr),
+        }
+
+    def load_natural_state(self, state: dict[str, Any], names: list[str] | None = None) -> None:
+        """Take over what `natural_state()` returned.
+
+        Args:
+            state: it.
+            names: of the parameters now; those that are known if None.
+        """
+        places = self._engine.load_state_dict(state, self._parameters(), names or self._names())
+        self._peak_lr[:] = state["peak_lr"]
         if not places.same:
             warnings.warn(
                 "ngplugin: parameters have changed since the state was saved. "
                 f"Curvature and momentum start anew for: {', '.join(places.new) or 'none'}. "
                 f"Saved, but not here: {', '.join(places.gone) or 'none'}. Usual cause: a layer "
                 "was added, removed or resized.",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _load_settings(self, saved: Sequence[dict[str, Any]]) -> None:

@@ -26,6 +26,11 @@ class RunningAverage:
         assert self._sum is not None
         return self._sum
 
+    @property
+    def weight(self) -> float:
+        """Σ of the weights: the average is `sum / weight`."""
+        return self._weight
+
     def __bool__(self) -> bool:
         """Whether there is any value yet."""
         return self._weight > 0

@@ -142,6 +142,7 @@ class NaturalGradient(Callback):
         self._ng_optimizers: list[NaturalGradientOptimizer] = []
         self._names: dict[int, str] = {}  # id of a parameter to its name in the module
         self._watching = ExitStack()
+        self._rewritten = False  # whether the strategy keeps of optimizer states what it knows
         self._scaler: Any = None  # of the loss, under 16-bit precision
         self._reports: list[tuple[int, StepReport]] = []  # of the present batch
         self._summaries: list[tracking.Summary] = [tracking.Summary()]
@@ -187,6 +188,7 @@ class NaturalGradient(Callback):
             given[i] = self._natural(given[i])
         trainer.strategy.optimizers = given
         self._ng_optimizers = [given[i] for i in chosen]
+        self._rewritten = type(trainer.strategy).__name__ == "ModelParallelStrategy"
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._summaries = [tracking.Summary() for _ in chosen]
         for i, optimizer in enumerate(self._ng_optimizers):
@@ -247,6 +249,21 @@ class NaturalGradient(Callback):
                 f"is not to be natural, name the others: NaturalGradient(optimizers=[...]).",
                 stacklevel=2,
             )
+
+    # -- saving --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing, since the optimizers' states have it all; unless a strategy rewrites those."""
+        if not self._rewritten:
+            return {}
+        return {"natgrad": [optimizer.natural_state() for optimizer in self._ng_optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what such a strategy has saved, which it restores after the fit has started."""
+        for optimizer, state in zip(
+            self._ng_optimizers, state_dict.get("natgrad", ()), strict=False
+        ):
+            optimizer.load_natural_state(state)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop observing."""

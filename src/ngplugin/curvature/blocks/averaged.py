@@ -110,7 +110,8 @@ class AveragedBlock(Block):
 
     def means(self) -> dict[str, Tensor]:
         """The mean eigenvalue of each average, `[group, 1, 1]`."""
-        return {name: mean_eigenvalue(a.value) for name, a in self._averages.items()}
+        # Of the sums, which are not as large to read as averages are to write out.
+        return {name: mean_eigenvalue(a.sum) / a.weight for name, a in self._averages.items()}
 
     def grow(self, means: Mapping[str, Tensor]) -> None:
         """Scale products with F to what the averages have become since the last refresh."""
