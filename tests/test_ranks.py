@@ -99,6 +99,13 @@ def nan_in_one_rank(model: nn.Module, seed: int, share: slice) -> Tensor:
     return F.cross_entropy(model(x[share]), y[share])
 
 
+def nothing_in_one_rank(model: nn.Module, seed: int, share: slice) -> Tensor:
+    if seed == 4 and dist.get_rank() == 1:  # as where a filter has left no example
+        model(randn(2, 4, seed=seed))  # DistributedDataParallel wants to see a forward pass
+        return torch.stack([0.0 * p.sum() for p in model.parameters()]).sum()
+    return points(model, seed, share)
+
+
 @dataclasses.dataclass
 class Scenario:
     """What is trained, and by what.
@@ -138,6 +145,7 @@ SCENARIOS = {
     "drawn": Scenario(same=False),
     "masked in one rank": Scenario(loss=first_half_alone_has_labels, options=EXACT),
     "nan in one rank": Scenario(loss=nan_in_one_rank, options=EXACT),
+    "nothing in one rank": Scenario(loss=nothing_in_one_rank, options=EXACT, same=False),
     "unused, found": Scenario(
         Branches, options=EXACT, parallel={"find_unused_parameters": True}, same=False
     ),

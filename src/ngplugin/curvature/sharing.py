@@ -11,6 +11,7 @@ Everything here has to be called by every process.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,8 @@ class _Offer:
     kind: str
     layout: dict[str, Any]
     reasons: tuple[str, ...]
+    memory: dict[str, float]  # the weight of each of its averages
+    inverted: bool
     finite: bool
     shapes: dict[str, tuple[int, ...]]  # of its statistic, empty if nothing was added
 
@@ -44,8 +47,8 @@ def agree(
     """Have the same blocks fold in every process.
 
     A block that some process has not seen, its batch having gone through other parts of the model,
-    is made there, and what it has not added counts as zero. A statistic that is not finite in one
-    process is dropped in all.
+    is made there as it is elsewhere, and what it has not added counts as zero. A statistic that is
+    not finite in one process is dropped in all.
 
     Returns:
         The blocks in the order of their parameters, each with what is to be folded.
@@ -62,21 +65,23 @@ def agree(
         return {block_at[o.places]: statistics[block_at[o.places]] for o in mine}
     offers: list[list[_Offer]] = [[] for _ in range(ranks())]
     dist.all_gather_object(offers, mine)
-    agreed: dict[tuple[int, ...], list[_Offer]] = {}
+    agreed: dict[tuple[int, ...], dict[int, _Offer]] = {}  # by process, of those that agree
     taken: dict[int, tuple[int, ...]] = {}  # place of a parameter -> those of its block
-    for offer in (offer for of_one in offers for offer in of_one):
+    for process, offer in ((r, offer) for r, of_one in enumerate(offers) for offer in of_one):
         if any(taken.get(i, offer.places) != offer.places for i in offer.places):
             continue  # another process, asked earlier, has its parameters in another block
         taken.update(dict.fromkeys(offer.places, offer.places))
-        same = agreed.setdefault(offer.places, [])
-        if not same or (same[0].kind, same[0].layout) == (offer.kind, offer.layout):
-            same.append(offer)
+        same = agreed.setdefault(offer.places, {})
+        first = next(iter(same.values()), offer)
+        if (first.kind, first.layout) == (offer.kind, offer.layout):
+            same[process] = offer
     result: dict[AveragedBlock, Statistic] = {}
     for places, same in sorted(agreed.items()):
         block = block_at.get(places)
-        if block is None or (block.kind, block.layout()) != (same[0].kind, same[0].layout):
-            block = _made(choice, same[0])
-        result[block] = _filled(block, statistics.get(block, {}), same)
+        if block is None or rank() not in same:
+            block = _made(choice, next(iter(same.values())))
+        _align(block, same)
+        result[block] = _filled(block, statistics.get(block, {}), [*same.values()])
     choice.drop([block for block in choice.blocks if block in statistics and block not in result])
     choice.arrange()
     return result
@@ -142,6 +147,8 @@ def _offer(
         block.kind,
         block.layout(),
         tuple(choice.reason(p) for p in block.parameters),
+        block.memory(),
+        block.inverted,
         statistic is not None,
         {name: tuple(t.shape) for name, t in (statistic or {}).items()},
     )
@@ -162,6 +169,25 @@ def _made(choice: BlockChoice, offer: _Offer) -> AveragedBlock:
     assert isinstance(block, AveragedBlock)
     choice.settle(block, offer.reasons)
     return block
+
+
+def _align(block: AveragedBlock, offers: Mapping[int, _Offer]) -> None:
+    """Have a block in every process that has the same past; the longest, if they differ."""
+    pasts = [(offer.memory, offer.inverted) for offer in offers.values()]
+    if len(offers) == ranks() and all(past == pasts[0] for past in pasts):
+        return
+    source = max(offers, key=lambda r: (sum(offers[r].memory.values()), offers[r].inverted))
+    if not offers[source].memory:
+        return  # a new one
+    file = io.BytesIO()
+    if rank() == source:
+        torch.save(block.state_dict(), file)
+    told: list[Any] = [file.getvalue()]
+    dist.broadcast_object_list(told, source)
+    if rank() != source:
+        device = block.parameters[0].device
+        state = torch.load(io.BytesIO(told[0]), map_location=device, weights_only=True)
+        block.load_state_dict(state)
 
 
 def _filled(block: AveragedBlock, statistic: Statistic, offers: Sequence[_Offer]) -> Statistic:

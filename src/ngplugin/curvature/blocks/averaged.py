@@ -108,6 +108,10 @@ class AveragedBlock(Block):
         """What the averages are kept in; processes put their mean there."""
         return [average.sum for average in self._averages.values()]
 
+    def memory(self) -> dict[str, float]:
+        """The weight that each average rests on."""
+        return {name: average.weight for name, average in self._averages.items()}
+
     def means(self) -> dict[str, Tensor]:
         """The mean eigenvalue of each average, `[group, 1, 1]`."""
         # Of the sums, which are not as large to read as averages are to write out.
