@@ -34,6 +34,7 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from ngplugin.curvature.activation_checkpointing import reentrant_checkpoints_opened
 from ngplugin.curvature.composites import examples, opened
 from ngplugin.curvature.likelihoods import FisherKind as FisherKind
 from ngplugin.curvature.likelihoods import (
@@ -113,6 +114,7 @@ class Observer(TorchFunctionMode):
             # Compiled code would hide its calls; the unobserved steps still run compiled.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
         self._contexts.enter_context(watching_log_prob(self._log_prob))
+        self._contexts.enter_context(reentrant_checkpoints_opened())
         ACTIVE.append(self)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -277,7 +279,7 @@ class Observer(TorchFunctionMode):
             if torch.is_grad_enabled() or self._differentiating or self._paused:
                 return
             started = time.perf_counter()
-            with torch.no_grad(), self.paused():
+            with torch.no_grad(), self.paused(), observation.tape.keeping_buffers():
                 act(plain(gradient))
             observation.seconds += time.perf_counter() - started
 

@@ -17,7 +17,7 @@ alive, until `release`: the objective as a function of the last ones is of inter
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,7 @@ class Tape:
         self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
+        self._written: Any = WeakTensorKeyDictionary()  # constants that the forward pass changed
         self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
@@ -124,6 +125,7 @@ class Tape:
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
         if name in _WRITES_UNNOTICED:
             changed = [t for t in constants if id(t) not in self.parameters]
+            self._written.update((t, None) for t in changed)
         rewritten = {id(t) for t in changed} & self.parameters.keys()
         if rewritten and rewritten <= self._unmade:
             return result  # its first values, to which a replay shall not go back
@@ -258,6 +260,21 @@ class Tape:
             return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
 
+    @contextlib.contextmanager
+    def keeping_buffers(self) -> Iterator[None]:
+        """A context that leaves no trace in the buffers which the forward pass changed.
+
+        A backward pass runs what is checkpointed again, and batch normalization in it once more
+        updates its running statistics.
+        """
+        buffers = [t for t in self._written if not t.requires_grad]
+        before = [torch.clone(t) for t in buffers]
+        try:
+            yield
+        finally:
+            for t, values in zip(buffers, before, strict=True):
+                t.data.copy_(values)  # unnoticed, since the user's graph may have saved it
+
     # -- the part behind the last layers -------------------------------------------------------
 
     def place(self, value: Tensor) -> Mark | None:
@@ -335,6 +352,7 @@ class Tape:
         slot = self._new_slot(target)
         if slot is not None:
             self._originals[slot] = original
+            self._written[target] = None
 
     def _adopt(self, tensors: Sequence[Tensor]) -> None:
         """Know tensors that are others under a new name, which no torch function gave them.
