@@ -19,7 +19,7 @@ from ngplugin.curvature.blocks import (
     GradientBlock,
     MapBlock,
 )
-from ngplugin.curvature.blocks.block import curvature_dtype
+from ngplugin.curvature.blocks.block import curvature_dtype, rounding
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
@@ -205,8 +205,7 @@ class Fisher:
     @staticmethod
     def _floor(ready: Sequence[Block]) -> float:
         largest = float(torch.stack([block.mean_eigenvalue() for block in ready]).max())
-        rounding = 100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        return float(rounding**2 * largest)
+        return float(rounding(curvature_dtype(ready[0].parameters[0])) ** 2 * largest)
 
     def refresh_every_step(self, damping: BlockDamping) -> int:
         """The same for the blocks that are of one batch; may be done again with more damping."""
