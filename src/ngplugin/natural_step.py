@@ -22,6 +22,7 @@ from ngplugin.curvature.observe import Observer
 from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
+from ngplugin.materialized import check_materialized
 from ngplugin.momentum import GradientMomentum
 from ngplugin.move import Move
 from ngplugin.nat_worth import BatchNatWorth, NatWorth, RunningNatWorth
@@ -105,6 +106,7 @@ class NaturalGradientStep:
     def _watch(
         self, parameters: Sequence[Tensor], statistics: bool, measure: bool
     ) -> Iterator[None]:
+        check_materialized(parameters)
         self.fisher.parameters = [*parameters]
         observer = Observer(
             parameters,
