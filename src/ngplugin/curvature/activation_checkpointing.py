@@ -28,7 +28,7 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
     if "apply" in vars(CheckpointFunction):  # opened already, or somebody else's
         yield
         return
-    inherited = CheckpointFunction.apply
+    inherited: Callable[..., Any] = CheckpointFunction.apply
 
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if not any(isinstance(t, Tensor) and t.requires_grad for t in args):
@@ -44,7 +44,7 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
             visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
         )
 
-    CheckpointFunction.apply = apply  # type: ignore[method-assign, assignment]
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
     try:
         yield
     finally:

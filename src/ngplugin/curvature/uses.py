@@ -78,9 +78,7 @@ def find_uses(
         The uses, and for each parameter (by id) that enters in a way that is not known here the
         name of the node.
     """
-    return in_a_backward_pass_of_its_own(
-        lambda: _find_uses(tensors, parameters), tensors[0].device
-    )
+    return in_a_backward_pass_of_its_own(lambda: _find_uses(tensors, parameters), tensors[0].device)
 
 
 def _find_uses(
