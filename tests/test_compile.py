@@ -111,7 +111,7 @@ def losses_of_the_uncompiled_run() -> list[float]:
 @pytest.mark.parametrize(
     "compiled",
     [
-        pytest.param(way, marks=pytest.mark.supports("torch.compile", what), id=way.__name__)
+        pytest.param(way, marks=pytest.mark.supports("Compilers", what), id=way.__name__)
         for way, what in (
             (submodule, "torch.compile of a submodule"),
             (network, "torch.compile of the network"),
@@ -134,7 +134,7 @@ def test_a_compiled_run_is_the_uncompiled_one_and_compiled_where_nothing_is_obse
     assert 5 < sum(module.observed) < STEPS - 5
 
 
-@pytest.mark.supports("torch.compile", "a compiled function that computes the loss, fullgraph=True")
+@pytest.mark.supports("Compilers", "a compiled function that computes the loss, fullgraph=True")
 def test_a_compiled_loss_of_a_plain_loop_is_seen_through() -> None:
     def run(wrap: Callable[[Any], Any]) -> tuple[list[float], NaturalGradientOptimizer]:
         torch.manual_seed(0)
@@ -159,9 +159,7 @@ def test_a_compiled_loss_of_a_plain_loop_is_seen_through() -> None:
     assert 5 < counting.calls < STEPS - 5
 
 
-@pytest.mark.supports(
-    "torch.compile", "torch.jit.trace: blocks from sampled gradients, KL predicted"
-)
+@pytest.mark.supports("Compilers", "torch.jit.trace: blocks from sampled gradients, KL predicted")
 @pytest.mark.filterwarnings("ignore:ngplugin. the KL of a step is predicted:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_the_gradients_of_a_traced_network_make_its_blocks() -> None:

@@ -34,14 +34,8 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
         if not any(isinstance(t, Tensor) and t.requires_grad for t in args):
             # What is inside gets no gradient, whatever it is, and torch warns of it.
             return inherited(function, preserve_rng_state, *args)
-
-        def visible(*args: Any) -> Any:
-            # Run again by the backward pass, when the context is over.
-            with reentrant_checkpoints_opened():
-                return function(*args)
-
         return checkpoint(
-            visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
         )
 
     CheckpointFunction.apply = apply  # type: ignore[method-assign]
