@@ -203,7 +203,7 @@ class NaturalGradient(Callback):
         # The step that Lightning's own logging writes at this moment.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         tracking.log_step(trainer.loggers, report, step)
-        if report.kl is not None:
+        if report.kl is not None and not trainer.barebones:
             name = f"{tracking.PREFIX}kl"
             pl_module.log(name, report.kl, prog_bar=True, logger=False, on_step=True)
 
