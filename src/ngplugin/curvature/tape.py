@@ -89,18 +89,26 @@ class Tape:
 
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
-        if changes_first_argument(name, kwargs) or "out" in kwargs:
+        writes = changes_first_argument(name, kwargs) or "out" in kwargs
+        if writes:
             self._keep_original(next(tensors_in([kwargs.get("out"), args, kwargs])), name)
         random = random_state(self._device)
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
+        given = [] if writes else [(t, t._version) for t in inputs if not t.is_inference()]
         recorded_args = map_tensors(self._slot_of, args)
         recorded_kwargs = map_tensors(self._slot_of, kwargs)
 
         result = function(*args, **kwargs)
 
+        # `broadcast_tensors` and the like return what they were given, where there is nothing to do.
+        handed_on = {id(t) for t, version in given if t._version == version}
+        outputs = tuple(
+            None if id(t) in handed_on else self._new_slot(t) for t in tensors_in(result)
+        )
+        if outputs and all(id(t) in handed_on for t in tensors_in(result)):
+            return result
         entry = self._entry(function, inputs, result)
-        outputs = tuple(self._new_slot(t) for t in tensors_in(result))
         if entry != "none":
             made = zip(outputs, tensors_in(result), strict=True)
             self.made.update((slot, t) for slot, t in made if slot is not None)
