@@ -254,3 +254,94 @@ def test_a_trainer_s_fit_is_that_of_the_network_without(
         losses.append(module.losses)
         assert blocks(callback) == {"kronecker", "unit-wise"}
     assert losses[1] == pytest.approx(losses[0], rel=1e-4 if precision == "32-true" else 1e-2)
+
+
+# -- checkpoints of others -------------------------------------------------------------------------
+
+
+class OwnCheckpoint(torch.autograd.Function):
+    """Computes a part again and goes back through it, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Any, refuses: bool, x: Tensor) -> Tensor:
+        ctx.part, ctx.refuses = part, refuses
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return part(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        if ctx.refuses and not torch.autograd._is_checkpoint_valid():
+            raise RuntimeError("not compatible with .grad()")
+        (x,) = ctx.saved_tensors
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.part(x)
+        torch.autograd.backward(y, gradient)
+        return None, None, x.grad
+
+
+def reversible(part: nn.Sequential, x: Tensor) -> Tensor:
+    return OwnCheckpoint.apply(part, False, x)
+
+
+def of_a_library(part: nn.Sequential, x: Tensor) -> Tensor:
+    return OwnCheckpoint.apply(part, True, x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "outside"),
+    [
+        pytest.param(
+            reversible,
+            "empirical diagonal",
+            "kronecker",
+            marks=pytest.mark.supports(
+                "Activation checkpointing",
+                "reversible layers by a custom autograd.Function: an empirical diagonal inside",
+            ),
+        ),
+        pytest.param(
+            of_a_library,
+            "empirical diagonal",
+            "empirical diagonal",
+            marks=[
+                pytest.mark.supports(
+                    "Activation checkpointing",
+                    "a library's own checkpoint (DeepSpeed, fairscale): an empirical diagonal",
+                ),
+                pytest.mark.filterwarnings("ignore:ngplugin. the derivative:UserWarning"),
+            ],
+        ),
+    ],
+)
+def test_another_checkpoint_keeps_its_gradients_and_gets_the_empirical_fisher(
+    kind: Checkpoint, inside: str, outside: str
+) -> None:
+    def gradients(observed: bool) -> list[Tensor]:
+        model = Network(kind, dropout=0.0)
+        optimizer = NaturalGradientOptimizer(model.parameters())
+        for _ in range(2):  # which add up
+            if observed:
+                with optimizer.observe():
+                    loss = F.cross_entropy(model(X), Y)
+            else:
+                loss = F.cross_entropy(model(X), Y)
+            loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    for one, other in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(one, other)
+    losses, optimizer = trained(Network(kind, dropout=0.0))
+    assert losses[-1] < 0.8 * losses[0]
+    found = [row.block for row in optimizer.coverage().rows]
+    assert found == [outside] * 2 + [inside] * 6 + [outside] * 2
+
+
+def test_a_checkpoint_that_refuses_is_named_in_a_warning() -> None:
+    model = Network(of_a_library)
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    with optimizer.observe():
+        loss = F.cross_entropy(model(X), Y)
+    with pytest.warns(UserWarning, match=r"torch.utils.checkpoint is seen.*compatible with .grad"):
+        loss.backward()

@@ -19,6 +19,7 @@ FLOORS = [
         "curvature.subclasses",
         "curvature.ranks",
         "curvature.activation_checkpointing",
+        "curvature.hidden_backward",
     },
     {"curvature.recorded_call"},
     {

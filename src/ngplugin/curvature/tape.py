@@ -101,7 +101,7 @@ class Tape:
 
         result = function(*args, **kwargs)
 
-        # `broadcast_tensors` and the like return what they were given, where there is nothing to do.
+        # `broadcast_tensors` and the like return what they are given where there is nothing to do.
         handed_on = {id(t) for t, version in given if t._version == version}
         outputs = tuple(
             None if id(t) in handed_on else self._new_slot(t) for t in tensors_in(result)
@@ -379,6 +379,11 @@ class Tape:
                     _same, (of,), {}, (self._new_slot(t),), frozenset(), None, None, True, "none"
                 )
                 self.calls.append(call)
+
+    @property
+    def hides_functions(self) -> bool:
+        """Whether a function was called that does more than its calls which were seen."""
+        return self.obstacle is not None or self.hidden_derivative is not None
 
     def origin_known(self, t: Tensor) -> bool:
         """Whether the tape knows how a tensor was computed, if it was at all."""
