@@ -170,6 +170,44 @@ def test_a_loss_is_seen_however_it_is_called(make: Any, loss: str) -> None:
     assert run.coverage.losses == (loss,)
 
 
+def dice(logits: Tensor, y: Tensor) -> Tensor:
+    p, target = logits.softmax(1), F.one_hot(y, 3).float()
+    overlap = 2 * (p * target).sum(0) + 1.0
+    return (1 - overlap / (p.sum(0) + target.sum(0) + 1.0)).mean()
+
+
+def contrastive(z: Tensor, y: Tensor) -> Tensor:
+    """NT-Xent over the pairs of a batch; those of one class are the positive ones."""
+    z = F.normalize(z, dim=1)
+    similar = (z @ z.T / 0.5).masked_fill(torch.eye(len(z)).bool(), -1e9)
+    same = (y[:, None] == y) & ~torch.eye(len(z)).bool()
+    return -(similar.log_softmax(1) * same).sum(1).div(same.sum(1).clamp_min(1)).mean()
+
+
+def energy_score(samples: Tensor, y: Tensor) -> Tensor:
+    """Three samples of a number for each example, scored against it."""
+    target = y.float()[:, None]
+    apart = (samples[:, :, None] - samples[:, None, :]).abs().mean((1, 2))
+    return ((samples - target).abs().mean(1) - 0.5 * apart).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "fall"),
+    [
+        pytest.param(loss, fall, marks=point(5, what))
+        for loss, fall, what in (
+            (dice, 0.8, "soft Dice"),
+            (contrastive, 0.97, "a contrastive loss over pairs (NT-Xent)"),
+            (energy_score, 0.8, "an energy score of samples"),
+        )
+    ],
+)
+def test_a_loss_without_a_likelihood_trains_all_the_same(loss: Any, fall: float) -> None:
+    run = look_alike(partial(WithLoss, loss, outputs=3), classes(), fall, max_epochs=8)
+    (source,) = run.coverage.losses
+    assert "loss" in source  # by the name of what stands in for a Fisher matrix
+
+
 class Probe(L.LightningModule):
     """A frozen backbone; only what requires a gradient is in the optimizer, in another order."""
 
