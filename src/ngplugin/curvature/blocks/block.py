@@ -181,7 +181,7 @@ def finite(*tensors: Tensor) -> bool:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """What a score relative to the largest ones may be made of rounding errors alone."""
+    """Scores below this share of the largest ones may be rounding errors and nothing else."""
     return 100 * float(torch.finfo(dtype).eps)
 
 
