@@ -14,7 +14,14 @@ ROOT = Path(ngplugin.__file__).parent
 # From the ground up. What shares a floor may not import each other, unless it is one package.
 FLOORS = [
     {"errors"},
-    {"curvature.random_state", "curvature.subclasses", "curvature.ranks", "curvature.dependence"},
+    {
+        "curvature.random_state",
+        "curvature.subclasses",
+        "curvature.ranks",
+        "curvature.dependence",
+        "curvature.activation_checkpointing",
+        "curvature.hidden_backward",
+    },
     {"curvature.recorded_call"},
     {
         "curvature.likelihoods",
@@ -48,6 +55,7 @@ FLOORS = [
         "kl_measurement",
         "nat_worth",
         "step_group",
+        "usable_parameters",
         "objective_check",
         "layer_balance",
         "move",

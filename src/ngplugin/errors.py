@@ -14,7 +14,7 @@ class LikelihoodError(NgpluginError, ValueError):
 
 
 class StepOrderError(NgpluginError, RuntimeError):
-    """A step was asked for before the training step it belongs to was observed."""
+    """Something was asked for before what it needs: a step before its observation, for one."""
 
 
 class UnsupportedTrainerError(NgpluginError, RuntimeError):

@@ -23,6 +23,7 @@ from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.curvature.ranks import rank
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
+from ngplugin.usable_parameters import check_usable
 from ngplugin.momentum import GradientMomentum
 from ngplugin.move import Move
 from ngplugin.nat_worth import BatchNatWorth, NatWorth, RunningNatWorth
@@ -114,13 +115,7 @@ class NaturalGradientStep:
 
     @contextlib.contextmanager
     def _watch(self, parameters: Sequence[Tensor], scaler: LossScaler | None) -> Iterator[None]:
-        if any(hasattr(p, "to_local") for p in parameters):
-            raise OptionError(
-                "natural gradient of sharded parameters (DTensor): of pieces of a layer no Fisher "
-                "block can be formed. Usual cause: fully_shard() or tensor parallelism. Use "
-                "DistributedDataParallel, which leaves layers whole and spreads the work over the "
-                "devices, or give this optimizer the layers only that are whole."
-            )
+        check_usable(parameters)
         self.fisher.parameters = [*parameters]
         statistics, record = self._due()
         observer = Observer(

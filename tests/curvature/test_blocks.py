@@ -13,6 +13,7 @@ from ngplugin.curvature.blocks import (
     KroneckerBlock,
     UnitBlock,
 )
+from ngplugin.curvature.blocks.block import rounding
 from ngplugin.curvature.taps import read_map_call
 from tests.oracle import dense_average, dense_damped, flat, randn
 
@@ -222,8 +223,17 @@ def test_the_floor_lifts_the_damping_of_a_block_whose_fisher_has_vanished():
     assert float(A.damping * G.damping) == pytest.approx(0.1**2 * 100 * mean)
     assert float(A.damping) == pytest.approx(0.1 * mean_A)
     block = diagonal()
-    block.refresh(BlockDamping(0.1, floor=100 * float(block.mean_eigenvalue())))
-    assert float(block._factor().damping) == pytest.approx(10 * float(block.mean_eigenvalue()))
+    mean, most = float(block.mean_eigenvalue()), float(block.average("F").max())
+    floor = (mean + most) / 2
+    block.refresh(BlockDamping(0.1, floor=floor))
+    assert float(block._factor().damping) == pytest.approx(0.1 * floor)
+
+
+def test_a_diagonal_of_rounding_errors_is_damped_as_the_largest_block():
+    block = diagonal()
+    largest = 7.0 * float(block.average("F").max()) / rounding(torch.float64) ** 2
+    block.refresh(BlockDamping(0.1, floor=largest * rounding(torch.float64) ** 2))
+    assert float(block._factor().damping) == pytest.approx(0.1 * largest)
 
 
 @every_block

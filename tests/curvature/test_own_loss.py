@@ -225,6 +225,31 @@ def test_the_prior_of_a_variational_autoencoder_is_seen_without_the_way_through_
     torch.testing.assert_close(group.values, H)
 
 
+def test_a_posterior_of_two_heads_is_seen_past_the_broadcast_of_its_parameters():
+    """`Normal` broadcasts its mean and scale, which gives them back where their shapes agree."""
+    heads = double(nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)]))
+    names = []
+    for posterior in (
+        lambda mean, scale: torch.distributions.Normal(mean, scale),
+        lambda mean, scale: torch.distributions.Normal(1.0 * mean, 1.0 * scale),
+    ):
+
+        def prior(posterior=posterior):
+            q = posterior(heads[0](X), heads[1](X).exp())
+            z = q.mean
+            standard = torch.distributions.Normal(torch.zeros_like(z), torch.ones_like(z))
+            return torch.distributions.kl_divergence(q, standard).sum(1).mean()
+
+        fisher, observation = observe([*heads.parameters()], prior)
+        names.append([loss.call.name for loss in observation.scored])
+        found = [dense_average(fisher.block(p)) for p in heads.parameters()]
+        if len(names) == 1:
+            first = found
+    assert names[0] == names[1] == ["the Gauss-Newton matrix of a loss of its own"]
+    for a, b in zip(first, found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_the_kl_of_cross_entropy_by_hand_is_that_of_the_categorical():
     model, step = network(), 0.3 * randn(43, seed=9)
     parameters = [*model.parameters()]

@@ -236,6 +236,27 @@ def test_recording_changes_nothing_about_the_forward_pass():
         assert torch.equal(recorded, predict().detach()), name
 
 
+def test_a_tensor_that_a_call_hands_on_as_it_was_is_none_that_it_made():
+    layer = double(nn.Linear(4, 3))
+    constant = torch.zeros(6, 3).double()
+    observer = Observer([*layer.parameters()], None, True, "propagated", 1, generator())
+    with observer:
+        tape = observer.observation.tape
+        z = layer(X)
+        calls = len(tape.calls)
+        same, scale = torch.broadcast_tensors(z, z.contiguous())
+        assert same is scale is z
+        assert len(tape.calls) == calls
+        same, zeros, row = torch.broadcast_tensors(z, constant, z[0].exp())
+        assert (same is z, zeros is constant) == (True, True)
+        mark = tape.mark([same * row + zeros])
+    assert tape.calls[-3].outputs[:2] == (None, None)
+    perturb(layer)
+    ((replayed,),) = tape.replay([mark])
+    fresh = layer(X).detach()
+    assert torch.equal(replayed, fresh * fresh[0].exp())
+
+
 def test_several_marks_are_given_back_as_they_were_when_they_were_marked():
     layer = double(nn.Linear(4, 3))
     observer = Observer([*layer.parameters()], None, True, "propagated", 1, generator())

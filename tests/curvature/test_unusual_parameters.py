@@ -14,9 +14,9 @@ from tests.oracle import assert_mean_is, double, flat, generator, jacobian, obse
 X, Y = randn(6, 4, seed=1), randn(6, 3, seed=2)
 
 
-def trained(parameters, loss, steps=3):
+def trained(parameters, loss, steps=3, **options):
     """The optimizer and the losses of a few steps."""
-    optimizer = NaturalGradientOptimizer(parameters)
+    optimizer = NaturalGradientOptimizer(parameters, **options)
     losses = []
     for _ in range(steps):
         with optimizer.observe():
@@ -207,3 +207,27 @@ def test_a_parameter_of_another_class_beside_buffers_and_unused_ones():
         "frozen",
     ]
     assert not unused.any()
+
+
+# -- parameters that do not count ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("structure", ["auto", "diagonal"])
+def test_an_offset_that_a_normalization_takes_away_again_stays_where_it_is(structure, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).to(dtype)
+    offset = nn.Parameter(torch.zeros(8, dtype=dtype))
+    x = torch.randn(64, 4, dtype=dtype)
+    y = torch.arange(64) % 3
+    parameters = [*model.parameters(), offset]
+    bias = model[0].bias.detach().clone()
+
+    def loss():
+        return F.cross_entropy(model[1:](model[0](x) + offset), y)
+
+    _, losses = trained(parameters, loss, 20, structure=structure)
+    assert losses[-1] < 0.9 * losses[0]
+    assert offset.abs().max() < 0.01
+    if structure == "diagonal":
+        assert (model[0].bias - bias).abs().max() < 0.01

@@ -21,7 +21,7 @@ from ngplugin.curvature.blocks import (
     GradientBlock,
     MapBlock,
 )
-from ngplugin.curvature.blocks.block import curvature_dtype
+from ngplugin.curvature.blocks.block import curvature_dtype, rounding
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.ranks import several_ranks
@@ -237,7 +237,7 @@ class Fisher:
 
     @staticmethod
     def _rounding(ready: Sequence[Block]) -> float:
-        return float((100 * torch.finfo(curvature_dtype(ready[0].parameters[0])).eps) ** 2)
+        return float(rounding(curvature_dtype(ready[0].parameters[0])) ** 2)
 
     def refresh_every_step(self, damping: BlockDamping) -> int:
         """The same for the blocks that are of one batch; may be done again with more damping."""

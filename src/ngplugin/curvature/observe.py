@@ -34,8 +34,10 @@ from torch.distributions import Distribution
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
+from ngplugin.curvature.activation_checkpointing import reentrant_checkpoints_opened
 from ngplugin.curvature.composites import examples, opened
 from ngplugin.curvature.dependence import depends
+from ngplugin.curvature.hidden_backward import gradients_set_aside
 from ngplugin.curvature.likelihoods import FisherKind as FisherKind
 from ngplugin.curvature.likelihoods import (
     OutputCurvature,
@@ -72,6 +74,13 @@ _OVERWRITTEN = (
     "gives no Fisher information. Usual cause: a metric that works in place, such as "
     "`logits.sigmoid_()` or an assignment to `logits.detach()[...]`. Have it work on a clone, or "
     "after backward()."
+)
+
+_NO_WAY_BACK = (
+    "ngplugin: the derivative of `{0}` cannot be had by torch.autograd.grad, so parameters get the "
+    "empirical Fisher of their gradients, as a diagonal. Usual cause: a custom autograd.Function "
+    "that checkpoints, as those of DeepSpeed and fairscale. torch.utils.checkpoint is seen "
+    "through, with use_reentrant either way. It says: {1}"
 )
 
 
@@ -127,6 +136,7 @@ class Observer(TorchFunctionMode):
             # Compiled code would hide its calls; the unobserved steps still run compiled.
             self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
         self._contexts.enter_context(watching_log_prob(self._log_prob))
+        self._contexts.enter_context(reentrant_checkpoints_opened())
         ACTIVE.append(self)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -302,8 +312,17 @@ class Observer(TorchFunctionMode):
             if torch.is_grad_enabled() or self._differentiating or self._paused:
                 return
             started = time.perf_counter()
-            with torch.no_grad(), self.paused():
-                act(plain(gradient) / self._scaler.get_scale() if self._scaler else plain(gradient))
+            gradient = plain(gradient)
+            if self._scaler is not None:
+                gradient = gradient / self._scaler.get_scale()
+            tape = observation.tape
+            with ExitStack() as context:
+                context.enter_context(torch.no_grad())
+                context.enter_context(self.paused())
+                context.enter_context(tape.keeping_buffers())
+                if tape.hides_functions:
+                    context.enter_context(gradients_set_aside(self._parameters.values()))
+                act(gradient)
             observation.seconds += time.perf_counter() - started
 
         value.register_hook(hook)
@@ -316,8 +335,13 @@ class Observer(TorchFunctionMode):
         weights = loss.weights(gradient)
         likelihood = loss.likelihood()
         if self._backward is not None and weights.numel():  # a batch may be empty
-            with unannounced(loss.predictions):
-                self._backward.run(observation, loss, weights)
+            try:
+                with unannounced(loss.predictions):
+                    self._backward.run(observation, loss, weights)
+            except RuntimeError as refusal:
+                if type(refusal) is not RuntimeError or not observation.tape.hides_functions:
+                    raise
+                warnings.warn(_NO_WAY_BACK.format(loss.name, refusal), stacklevel=2)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
 
     def _warn_of_scaler(self) -> None:

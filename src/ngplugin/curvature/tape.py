@@ -17,7 +17,7 @@ alive, until `release`: the objective as a function of the last ones is of inter
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Tape:
         self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
+        self._written: Any = WeakTensorKeyDictionary()  # constants that the forward pass changed
         self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
@@ -98,18 +99,26 @@ class Tape:
 
         name = getattr(function, "__name__", "")
         self._check_origin(inputs, name)
-        if changes_first_argument(name, kwargs) or "out" in kwargs:
+        writes = changes_first_argument(name, kwargs) or "out" in kwargs
+        if writes:
             self._keep_original(next(tensors_in([kwargs.get("out"), args, kwargs])), name)
         random = random_state(self.device)
         constants = [t for t in inputs if t not in self._slots and not t.is_inference()]
         versions = [t._version for t in constants]
+        given = [] if writes else [(t, t._version) for t in inputs if not t.is_inference()]
         recorded_args = map_tensors(self._slot_of, args)
         recorded_kwargs = map_tensors(self._slot_of, kwargs)
 
         result = function(*args, **kwargs)
 
+        # `broadcast_tensors` and the like return what they are given where there is nothing to do.
+        handed_on = {id(t) for t, version in given if t._version == version}
+        outputs = tuple(
+            None if id(t) in handed_on else self._new_slot(t) for t in tensors_in(result)
+        )
+        if outputs and all(id(t) in handed_on for t in tensors_in(result)):
+            return result
         entry = self._entry(function, inputs, result)
-        outputs = tuple(self._new_slot(t) for t in tensors_in(result))
         if entry != "none":
             made = zip(outputs, tensors_in(result), strict=True)
             self.made.update((slot, t) for slot, t in made if slot is not None)
@@ -134,6 +143,7 @@ class Tape:
         changed = [t for t, v in zip(constants, versions, strict=True) if t._version != v]
         if name in _WRITES_UNNOTICED:
             changed = [t for t in constants if id(t) not in self.parameters]
+            self._written.update((t, None) for t in changed)
         rewritten = {id(t) for t in changed} & self.parameters.keys()
         if rewritten and rewritten <= self._unmade:
             return result  # its first values, to which a replay shall not go back
@@ -268,6 +278,21 @@ class Tape:
             return [tuple(t.detach() for t in tensors) for tensors in results]
         return results
 
+    @contextlib.contextmanager
+    def keeping_buffers(self) -> Iterator[None]:
+        """A context that leaves no trace in the buffers which the forward pass changed.
+
+        A backward pass runs what is checkpointed again, and batch normalization in it once more
+        updates its running statistics.
+        """
+        buffers = [t for t in self._written if not t.requires_grad]
+        before = [torch.clone(t) for t in buffers]
+        try:
+            yield
+        finally:
+            for t, values in zip(buffers, before, strict=True):
+                t.data.copy_(values)  # unnoticed, since the user's graph may have saved it
+
     # -- the part behind the last layers -------------------------------------------------------
 
     def place(self, value: Tensor) -> Mark | None:
@@ -345,6 +370,7 @@ class Tape:
         slot = self._new_slot(target)
         if slot is not None:
             self._originals[slot] = original
+            self._written[target] = None
 
     def _adopt(self, tensors: Sequence[Tensor]) -> None:
         """Know tensors that are others under a new name, which no torch function gave them.
@@ -363,6 +389,11 @@ class Tape:
                     _same, (of,), {}, (self._new_slot(t),), frozenset(), None, None, True, "none"
                 )
                 self.calls.append(call)
+
+    @property
+    def hides_functions(self) -> bool:
+        """Whether a function was called that does more than its calls which were seen."""
+        return self.obstacle is not None or self.hidden_derivative is not None
 
     def origin_known(self, t: Tensor) -> bool:
         """Whether the tape knows how a tensor was computed, if it was at all."""

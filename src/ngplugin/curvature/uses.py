@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from ngplugin.curvature.activation_checkpointing import in_a_backward_pass_of_its_own
 from ngplugin.curvature.subclasses import plain
 from ngplugin.curvature.taps.convolutions import patch_rows, position_rows
 
@@ -77,6 +78,12 @@ def find_uses(
         The uses, and for each parameter (by id) that enters in a way that is not known here the
         name of the node.
     """
+    return in_a_backward_pass_of_its_own(lambda: _find_uses(tensors, parameters), tensors[0].device)
+
+
+def _find_uses(
+    tensors: Sequence[Tensor], parameters: Sequence[Tensor]
+) -> tuple[list[Use], dict[int, str]]:
     watched = {id(p) for p in parameters}
     uses: list[Use] = []
     unknown: dict[int, str] = {}
@@ -87,6 +94,7 @@ def find_uses(
         if node in seen:
             continue
         seen.add(node)
+        saved = _Saved(node)
         for place, (source, output) in enumerate(node.next_functions):
             if source is None:
                 continue
@@ -95,7 +103,7 @@ def find_uses(
                 waiting.append(source)
             elif id(operand.parameter) in watched:
                 rule = _RULES.get(_name(node))
-                rows = None if rule is None else rule(node, place, operand.shape)
+                rows = None if rule is None else rule(saved, place, operand.shape)
                 if rows is None:
                     unknown.setdefault(id(operand.parameter), node.name())
                 else:
@@ -105,6 +113,18 @@ def find_uses(
         if t.grad_fn is None and id(t) in watched:
             unknown.setdefault(id(t), "the prediction itself")
     return uses, unknown
+
+
+class _Saved:
+    """A node, each of whose attributes is read once, however often it is asked for."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._node, name)
+        setattr(self, name, value)
+        return value
 
 
 def _name(node: Node) -> str:

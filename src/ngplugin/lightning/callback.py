@@ -225,7 +225,7 @@ class NaturalGradient(Callback):
             tracking.log_step(trainer.loggers, report, step, i)
         for i in range(len(self._ng_optimizers)):
             kls = [report.kl for of, report in reports if of == i and report.kl is not None]
-            if kls:
+            if kls and not getattr(trainer, "barebones", False):
                 name = f"{tracking.prefix(i)}kl"
                 pl_module.log(name, kls[-1], prog_bar=True, logger=False, on_step=True)
             first = any(of == i and report.step == 0 for of, report in reports)

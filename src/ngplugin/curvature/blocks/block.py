@@ -182,6 +182,11 @@ def finite(*tensors: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack([t.sum() for t in tensors])).all())
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """Scores below this share of the largest ones may be rounding errors and nothing else."""
+    return 100 * float(torch.finfo(dtype).eps)
+
+
 def curvature_dtype(parameter: Tensor) -> torch.dtype:
     """The precision in which curvature is kept: the parameter's, but at least float32; real."""
     return torch.promote_types(parameter.dtype, torch.float32).to_real()

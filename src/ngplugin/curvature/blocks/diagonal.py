@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks.averaged import AveragedBlock
@@ -13,6 +14,7 @@ from ngplugin.curvature.blocks.block import (
     GradientBlock,
     as_parameter,
     as_real,
+    rounding,
 )
 from ngplugin.curvature.blocks.factor import DiagonalFactor
 
@@ -57,12 +59,16 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
 
         `"relative"`: (λ + γ/n) max(mean(diag F), floor), with n the number of statistics in the
         average: the square of a single draw is near zero by chance for many an element, which must
-        not be taken for a flat direction. `"absolute"`: λ.
+        not be taken for a flat direction. Where no element is above the floor, the parameter does
+        not count and its gradient is made of rounding errors: then λ is in units of the largest
+        block, and it stays where it is. `"absolute"`: λ.
         """
         F = self.average("F")  # [1, elements]
         if damping.mode == "relative":
             n = max(1.0, self.effective_count("F"))
+            largest = damping.floor / rounding(self._dtype) ** 2
             unit = F.mean().clamp_min(damping.floor)
+            unit = torch.where(F.amax() < damping.floor, largest, unit)
             added = (damping.value + damping.sampling / n) * unit
         else:
             added = damping.value * F.new_ones(())

@@ -1,0 +1,63 @@
+"""Activation checkpointing: how to look into regions that are computed again in the backward pass.
+
+`checkpoint(f, x, use_reentrant=True)` runs `f` inside a custom autograd function without a graph:
+its layers are seen by nobody, and `torch.autograd.grad` cannot pass it. The non-reentrant kind
+stores as little, draws the same random numbers again and has the same gradients, so while a step
+is observed it takes the place of the other.
+
+What a node of a non-reentrant region has saved is computed again for each backward pass, and each
+backward pass gets it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
+
+_T = TypeVar("_T")
+
+
+@contextmanager
+def reentrant_checkpoints_opened() -> Iterator[None]:
+    """A context in which reentrant checkpoints are non-reentrant ones."""
+    if "apply" in vars(CheckpointFunction):  # opened already, or somebody else's
+        yield
+        return
+    inherited: Callable[..., Any] = CheckpointFunction.apply
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if not any(isinstance(t, Tensor) and t.requires_grad for t in args):
+            # What is inside gets no gradient, whatever it is, and torch warns of it.
+            return inherited(function, preserve_rng_state, *args)
+        return checkpoint(
+            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
+
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+
+
+def in_a_backward_pass_of_its_own(act: Callable[[], _T], device: torch.device) -> _T:
+    """What `act` returns, called where saved tensors of the graph may be read once.
+
+    Read in a hook of the user's backward pass they would be missing there.
+
+    Args:
+        act: reads them.
+        device: where the graph is, whose thread runs this.
+    """
+    results: list[_T] = []
+    with torch.enable_grad():
+        leaf = torch.zeros((), device=device, requires_grad=True)
+        value = leaf.clone()
+    value.register_hook(lambda _: results.append(act()))
+    torch.autograd.grad(value, leaf)
+    return results[0]
