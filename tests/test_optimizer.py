@@ -764,7 +764,7 @@ def test_a_step_without_gradients_in_a_watched_region_does_not_end_the_watching(
 
 
 def test_a_step_made_to_have_a_state_made_leaves_no_trace():
-    """`torch.distributed.checkpoint` makes one whenever it reads a state: zero gradients, rate 0."""
+    """`torch.distributed.checkpoint` makes one when it reads a state: zero gradients, rate 0."""
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     def run(asked_after):

@@ -29,8 +29,8 @@ def weights(module: nn.Module) -> Tensor:
 
 def averages(callback: NaturalGradient) -> list[Tensor]:
     """The factors of all Kronecker blocks."""
-    kronecker = (b for b in callback._ng_optimizer._engine.fisher.blocks if b.kind == "kronecker")
-    return [block.average(name) for block in kronecker for name in ("A", "G")]
+    blocks = callback._ng_optimizers[0]._engine.fisher.blocks
+    return [factor for b in blocks if b.kind == "kronecker" for factor in b.averaged_factors()]
 
 
 # -- how matrices are multiplied -------------------------------------------------------------------

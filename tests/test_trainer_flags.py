@@ -153,7 +153,7 @@ def test_clipping_by_norm_shortens_the_gradient_and_keeps_the_run_stable() -> No
     module = Points()
     callback = fit(module, steps=25, gradient_clip_val=0.1)
     assert module.losses[-1] < 0.7 * module.losses[0]
-    assert callback._ng_optimizer.report.grad_norm <= 0.1 * (1 + 1e-4)
+    assert callback._ng_optimizers[0].report.grad_norm <= 0.1 * (1 + 1e-4)
     assert callback.summary()["kl_max"] <= 0.05
 
 

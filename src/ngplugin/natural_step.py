@@ -23,7 +23,6 @@ from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.curvature.ranks import rank
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
-from ngplugin.usable_parameters import check_usable
 from ngplugin.momentum import GradientMomentum
 from ngplugin.move import Move
 from ngplugin.nat_worth import BatchNatWorth, NatWorth, RunningNatWorth
@@ -35,6 +34,7 @@ from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver, Subsp
 from ngplugin.step_group import StepGroup, make_dense
 from ngplugin.step_length import Applied, Model, StepLength, model_of
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
+from ngplugin.usable_parameters import check_usable
 
 _FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
 _MOST_TRIALS = 8  # of one step, with more and more damping
@@ -127,15 +127,17 @@ class NaturalGradientStep:
             self._random(parameters[0].device),
             scaler,
         )
+        first = observer.observation
         self._observer = observer
-        self._observations.append(observer.observation)
+        self._observations.append(first)
         try:
             with observer:
                 yield
         finally:
             self._observer = None
-            if self._observations and not observer.observation.tape.calls:
-                self._observations.remove(observer.observation)  # nothing came after the last step
+            last = observer.observation
+            if last is not first and not last.tape.calls:
+                self._observations.remove(last)  # nothing came after the last step
 
     def zeroed(self) -> None:
         """Drop what was learnt along with gradients that were now zeroed, and no step used.

@@ -121,8 +121,6 @@ def test_schedules_step_as_without_us(schedule: Any) -> None:
 
 # -- several optimizers ----------------------------------------------------------------------------
 
-several = pytest.mark.xfail(strict=False, reason="several optimizers are being built")
-
 
 class Adversarial(L.LightningModule):
     """A generator and a discriminator of points on a circle, each with its own optimizer."""
@@ -168,7 +166,6 @@ class Adversarial(L.LightningModule):
         ], []
 
 
-@several
 @point(8, "manual optimization of two optimizers with toggle_optimizer, a GAN")
 def test_an_adversarial_pair_trains_each_its_own_parameters() -> None:
     torch.manual_seed(0)
@@ -201,7 +198,6 @@ class Manual(Routine):
         self.losses.append(loss.item())
 
 
-@several
 @point(8, "manual optimization of one optimizer")
 def test_manual_optimization_is_followed() -> None:
     torch.manual_seed(0)

@@ -157,18 +157,22 @@ class NaturalGradient(Callback):
         """
         return self._summaries[optimizer].numbers()
 
-    def coverage(self, optimizer: int = 0) -> Coverage:
+    def coverage(self, optimizer: int | None = None) -> Coverage:
         """Which block every parameter has; complete after the first step.
 
         Args:
-            optimizer: which, among those that natural gradient was put into.
+            optimizer: which, among those that natural gradient was put into; None for all.
 
         Raises:
             RuntimeError: no fit has started yet.
         """
         if not self._ng_optimizers:
             raise RuntimeError("coverage() is known once trainer.fit() has started")
-        return self._ng_optimizers[optimizer].coverage()
+        if optimizer is not None:
+            return self._ng_optimizers[optimizer].coverage()
+        found = [each.coverage() for each in self._ng_optimizers]
+        losses = dict.fromkeys(loss for each in found for loss in each.losses)
+        return Coverage([row for each in found for row in each.rows], tuple(losses))
 
     # -- Lightning's hooks ---------------------------------------------------------------------
 
