@@ -6,7 +6,7 @@
 Lightning asks every entry point of the groups `lightning.pytorch.callbacks_factory` and
 `pytorch_lightning.callbacks_factory` for callbacks whenever a `Trainer` is made, in each program of
 the environment, so nothing is imported here before it is known to be wanted. Fabric has such a
-group too, but calls no callback by itself, so there is nothing to offer it.
+group too, but tells its callbacks of no forward pass, so there is nothing to offer it.
 """
 
 from __future__ import annotations
