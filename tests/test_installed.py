@@ -22,7 +22,7 @@ import torch, ngplugin, lightning as L
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 callback = ngplugin.NaturalGradient()
-L.Trainer(max_steps=8, accelerator="cpu", callbacks=[callback]).fit(BoringModel())
+L.Trainer(max_steps=8, accelerator="cpu", logger=False, callbacks=[callback]).fit(BoringModel())
 print(callback.summary()["steps"], ngplugin.__file__)
 """
 
