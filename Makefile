@@ -1,4 +1,5 @@
-# make train | test | lint | check | support | grid | trials | clean. A fresh machine needs Python 3.11 or newer, and make.
+# make train | test | matrix | lint | check | support | grid | trials | clean.
+# A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test lint check support grid trials clean
+.PHONY: train test matrix lint check support grid trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -16,6 +17,10 @@ train: $(INSTALLED)
 test: $(INSTALLED)
 	mkdir -p build
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --junitxml=build/tests.xml
+
+# The tests of the package with the oldest and the newest torch and Lightning that it admits.
+matrix: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/nox
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -58,4 +63,4 @@ $(INSTALLED):
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .nox build dist outputs multirun .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,8 +1,11 @@
-"""What all tests share: one thread, and configs composed as `train.py` would."""
+"""What all tests share: one thread, configs composed as `train.py` would, what is distributed."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,12 +14,41 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.environment import REPOSITORY, Environment
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str | Path]]:
+    """What pip is given: a checkout, a wheel built from it, and the sdist that pip builds from."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--sdist", "--wheel", "--outdir", folder,
+         REPOSITORY],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return {
+        "editable": ["--editable", REPOSITORY],
+        "wheel": [*folder.glob("*.whl")],
+        "sdist": [*folder.glob("*.tar.gz")],
+    }
+
+
+@pytest.fixture(scope="session")
+def installed(
+    distributions: dict[str, list[str | Path]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Environment]:
+    """An environment with ngplugin installed from one of the `distributions`."""
+
+    @cache
+    def environment(kind: str) -> Environment:
+        return Environment(tmp_path_factory.mktemp(kind)).install(*distributions[kind])
+
+    return environment
 
 
 @pytest.fixture

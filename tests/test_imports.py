@@ -66,6 +66,7 @@ FLOORS = [
     {"optimizer"},
     {"tracking"},
     {"lightning"},
+    {"callbacks_factory"},
 ]
 OPTIONAL = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "wandb", "rich", "torchmetrics"}
 

@@ -1,15 +1,19 @@
-"""What is in the wheel, and what another Hydra project gets from it."""
+"""What is in the wheel, and what another Hydra project gets from each kind of installation."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.environment import Environment
+
+Installed = Callable[[str], Environment]
+KINDS = ["editable", "wheel", "sdist"]
 
 # Another project: its own `optimizer` and `callbacks` groups, and no word of ngplugin.
 OTHER = {
@@ -28,20 +32,6 @@ OTHER = {
 }
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, unpacked as pip would; built from the sdist, as on an index."""
-    folder = tmp_path_factory.mktemp("dist")
-    subprocess.run(
-        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, REPOSITORY],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder / "site")
-    return folder / "site"
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     for name, text in OTHER.items():
@@ -51,24 +41,13 @@ def project(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def python(folder: Path, site: Path, *arguments: str) -> str:
-    """What another project's Python prints, with the wheel and without this repository."""
-    # The installed package may be this checkout in editable form: the wheel's comes before it.
-    start = "import sys, runpy; sys.path.insert(0, sys.argv.pop(1)); sys.path.insert(0, '.'); "
-    start += f"sys.path[:] = [p for p in sys.path if p not in ({str(REPOSITORY)!r}, "
-    start += f"{str(REPOSITORY / 'src')!r})]; sys.argv[0] = sys.argv.pop(1); "
-    start += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    done = subprocess.run(
-        [sys.executable, "-c", start, str(site), *arguments],
-        cwd=folder, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert not done.stderr
-    return done.stdout
-
-
-def test_the_wheel_holds_package_configs_and_plugin(installed: Path) -> None:
-    names = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+def test_the_wheel_holds_package_configs_and_plugin(
+    distributions: dict[str, list[str | Path]], tmp_path: Path
+) -> None:
+    (wheel,) = distributions["wheel"]
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert {
         "ngplugin/__init__.py",
         "ngplugin/py.typed",
@@ -80,11 +59,12 @@ def test_the_wheel_holds_package_configs_and_plugin(installed: Path) -> None:
         "optimizer/natgrad.yaml",
         "callbacks/natgrad.yaml",
         "callbacks/natural_gradient/report.yaml",
+        "natgrad/default.yaml",
     }
     assert "hydra_plugins/__init__.py" not in names  # it would hide everyone else's plugins
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if "dist-info" not in name} == {"ngplugin", "hydra_plugins"}
-    (metadata,) = installed.glob("*.dist-info/METADATA")
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
     required = [
         line for line in metadata.read_text().splitlines()
         if line.startswith("Requires-Dist") and "extra" not in line
@@ -92,35 +72,43 @@ def test_the_wheel_holds_package_configs_and_plugin(installed: Path) -> None:
     assert [line.split()[1].split(">")[0] for line in required] == ["lightning", "torch"]
 
 
-def test_another_project_finds_natgrad(installed: Path, project: Path) -> None:
-    said = python(project, installed, "main.py", "optimizer=natgrad")
+@pytest.mark.supports("Hydra", "optimizer=natgrad in another project, found once installed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_project_finds_natgrad(installed: Installed, kind: str, project: Path) -> None:
+    said = installed(kind).run(project, "main.py", "optimizer=natgrad")
     # Light: the plugin runs in every Hydra application of the environment.
     assert said.split() == ["ngplugin.NaturalGradientOptimizer", "bar", "natural_gradient", "False"]
-    said = python(project, installed, "main.py", "callbacks=[mine,natgrad]")
+
+
+@pytest.mark.supports("Hydra", "callbacks=[mine,natgrad] in another project")
+def test_another_project_has_the_callback_beside_its_own(
+    installed: Installed, project: Path
+) -> None:
+    said = installed("wheel").run(project, "main.py", "callbacks=[mine,natgrad]")
     assert said.split()[:3] == ["torch.optim.SGD", "bar", "natural_gradient"]
 
 
-def test_another_projects_own_files_win(installed: Path, project: Path) -> None:
-    assert python(project, installed, "main.py", "optimizer=adamw").split()[0] == "theirs.AdamW"
-    assert python(project, installed, "main.py").split()[:2] == ["torch.optim.SGD", "bar"]
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_projects_own_files_win(installed: Installed, kind: str, project: Path) -> None:
+    run = installed(kind).run
+    assert run(project, "main.py", "optimizer=adamw").split()[0] == "theirs.AdamW"
+    assert run(project, "main.py").split()[:2] == ["torch.optim.SGD", "bar"]
 
 
-def test_the_configs_are_a_package_too(installed: Path, project: Path) -> None:
-    arguments = ("hydra.searchpath=[pkg://ngplugin.conf]", "optimizer=natgrad")
-    (project / "only").mkdir()  # its plugin is left out, else that would have found them
-    (project / "only" / "ngplugin").symlink_to(installed / "ngplugin")
-    said = python(project, project / "only", "main.py", *arguments)
-    assert said.split()[0] == "ngplugin.NaturalGradientOptimizer"
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_configs_are_a_package_too(installed: Installed, kind: str, project: Path) -> None:
+    said = installed(kind).run(project, "main.py", "--info", "searchpath")
+    assert "pkg://ngplugin.conf" in said
+    look = "from importlib.resources import files as f; import ngplugin; print("
+    look += "f('ngplugin.conf').joinpath('natgrad/default.yaml').is_file(), ngplugin.__file__)"
+    found, where = installed(kind).run(project, "-c", look).split()
+    assert found == "True"
+    assert ("site-packages" in where) == (kind != "editable")
 
 
-def test_in_a_checkout_the_configs_are_a_package_too() -> None:
-    from importlib.resources import files
-
-    assert files("ngplugin.conf").joinpath("optimizer/natgrad.yaml").is_file()
-
-
-def test_importing_the_package_imports_neither_hydra_nor_wandb(project: Path) -> None:
-    code = "import sys, ngplugin; print([m for m in ('hydra', 'wandb') if m in sys.modules])"
+def test_importing_the_package_imports_neither_hydra_nor_wandb_nor_torch(project: Path) -> None:
+    names = "('hydra', 'wandb', 'torch', 'lightning')"
+    code = f"import sys, ngplugin; print([m for m in {names} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
     )

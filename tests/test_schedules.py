@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import math
 from collections.abc import Callable
@@ -274,10 +275,13 @@ def fit(
     module, saver = Module(schedule, own), ModelCheckpoint(folder / f"{epochs}", save_last=True)
     logger = CSVLogger(folder, name="logs")
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    # Since Lightning 2.6 a fit refuses by itself to load pickled schedulers.
+    newer = "weights_only" in inspect.signature(L.Trainer.fit).parameters
+    loading = {"weights_only": False} if newer else {}
     L.Trainer(
         default_root_dir=folder, max_epochs=epochs, accelerator="cpu", logger=logger,
         callbacks=[NaturalGradient(show_coverage=False, **options), saver], **quiet,
-    ).fit(module, ckpt_path=checkpoint, weights_only=False)  # fmt: skip
+    ).fit(module, ckpt_path=checkpoint, **loading)  # fmt: skip
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").open()))
     rows = [row for row in rows if row.get("natgrad/kl_radius")]
     return module, rows, Path(saver.last_model_path)

@@ -208,6 +208,10 @@ def test_gaussian_losses_are_what_is_observed(shape, full, reduction):
     m, y = randn(4, 3), randn(4, 3, seed=1)
     options = {"full": full, "reduction": reduction}
     u = randn(*shape, seed=2)
+    try:
+        F.gaussian_nll_loss(m, y, u.exp())
+    except ValueError as error:
+        pytest.skip(f"this torch: {error}")
     u.view(-1)[0] = -30.0  # a variance below eps
     known = u.exp()
     check(F.gaussian_nll_loss, lambda m, u: (m, y, u.exp()), options, m, u)

@@ -79,7 +79,9 @@ def test_multiply_gives_back_the_wider_precision():
 
 def test_second_moments_stay_positive_semi_definite_and_leave_torch_s_setting():
     rows = torch.randn(1, 300, 200) * torch.logspace(0, 3, 200)
-    backend = torch.backends.mkldnn.matmul
+    backend = getattr(torch.backends.mkldnn, "matmul", None)
+    if backend is None:
+        pytest.skip("this torch has no such setting")
     before = backend.fp32_precision
     moment = second_moment(rows, diagonal=False)
     assert backend.fp32_precision == before

@@ -79,7 +79,8 @@ def test_the_block_of_one_input_position_is_the_fisher_s(layer, groups):
 def test_the_bias_has_a_block_of_its_own_and_says_what_it_is():
     model = double(nn.ConvTranspose1d(2, 3, 2))
     fisher, _ = observe(
-        [*model.parameters()], lambda: F.mse_loss(model(randn(2, 2, 3)), torch.zeros(2, 3, 4))
+        [*model.parameters()],
+        lambda: F.mse_loss(model(randn(2, 2, 3)), torch.zeros(2, 3, 4).double()),
     )
     assert [block.kind for block in fisher.blocks] == ["kronecker", "diagonal"]
     assert fisher.reason(model.weight) == "weight of conv_transpose1d"

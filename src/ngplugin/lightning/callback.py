@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from lightning.pytorch.callbacks import Callback
-
 from ngplugin import tracking
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
@@ -17,6 +15,7 @@ from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
 from ngplugin.layer_balance import LayerBalance
 from ngplugin.lightning import coverage_table, trainer_settings
+from ngplugin.lightning.namespace import Callback
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
 from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
 from ngplugin.report import Coverage, StepReport
@@ -47,29 +46,44 @@ class NaturalGradient(Callback):
         show_coverage: print the table of parameters and blocks.
         optimizers: which of the module's optimizers are to be natural, where there are several, by
             their places in what `configure_optimizers()` returned; None for all.
-        momentum: see `NaturalGradientOptimizer` for this and all others.
-        nesterov: see there.
-        kl_radius: see there; nats per term.
-        measure_every: see there; steps.
-        step_size: see there.
-        layer_balance: see there.
-        damping: see there; a number or a schedule.
-        damping_mode: see there.
-        sampling_damping: see there.
-        fisher: see there.
-        draws: see there.
-        structure: see there.
-        weight_sharing: see there.
-        max_factor: see there.
-        cg_iterations: see there.
-        products: see there.
-        decay: see there.
-        statistics_every: see there; steps.
-        refresh_every: see there; steps.
-        burn_in: see there; steps.
-        noise_variance: see there.
-        spectrum_every: see there; steps.
-        seed: see there.
+        momentum: of the running sum of gradients, in [0, 1).
+        nesterov: look ahead along the momentum.
+        kl_radius: how far a step may move the prediction, nats per term of the loss; None for no
+            bound.
+        measure_every: the most steps between measurements of the KL, each one more forward pass;
+            1 for every step, None for none.
+        step_size: `"bounded"` by `lr` and the bound, `"line-search"` or `"quadratic"`; the last two
+            are for full batches and little noise.
+        layer_balance: how a step is shared out among layers: `"natural"`, as F says;
+            `"orthogonal"`, as Muon does; `"balanced"` between the two; `"equal"`, the same KL each.
+        damping: of F: a number, a class of schedule such as `ngplugin.ExponentialDamping`, or
+            `"auto"`, which is 0.1 and adapted where F is exact.
+        damping_mode: `"relative"` to each factor's mean eigenvalue, or `"absolute"`, nats per term.
+        sampling_damping: more relative damping for a factor that rests on few rows, per size over
+            rows.
+        fisher: at which labels scores are taken: `"sampled"` from the prediction, `"propagated"`
+            through the root of its Fisher information, `"exact"`, `"empirical"` at the data's own,
+            or `"ggn"`, from the loss's Hessian.
+        draws: scores for each loss and observed step; `"exact"` has as many as it needs.
+        structure: what is kept of F: `"auto"`, exact for a small model with large batches, else
+            Kronecker; `"exact"`, `"kronecker"`, `"eigen"`, `"diagonal"`, `"identity"`,
+            `"matrix-free"`.
+        weight_sharing: tokens or pixels of an example count as independent rows, `"expand"`, or as
+            one row, `"reduce"`.
+        max_factor: a larger side of a matrix keeps the diagonal of its factor only.
+        cg_iterations: the most products with F for a `"matrix-free"` step.
+        products: gradients with inverses in bfloat16 where that is fast, `"auto"`, or in float32,
+            `"full"`.
+        decay: of the running average of F, in [0, 1).
+        statistics_every: steps between statistics of F; those of the first five are all taken.
+        refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
+        burn_in: first steps that only gather statistics.
+        noise_variance: of squared-error losses: `"auto"`, the batch's mean squared error,
+            `"running"`, averaged over steps, or a number.
+        spectrum_every: steps between condition numbers.
+        seed: of the private random generator that draws scores.
+
+    `NaturalGradientOptimizer` says more of each option.
 
     Raises:
         OptionError: an option has a value that cannot work, or options are given beside a
