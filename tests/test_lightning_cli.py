@@ -177,7 +177,9 @@ def test_help_says_something_of_its_own_about_every_option(
     shown = output_of(capsys, f"{prefix}.help=ngplugin.{cls.__name__}")
     _, _, described = shown.partition(f"Help for {prefix}.help")
     names = [name for name in cls.__init__.__annotations__ if name not in ("params", "return")]
-    texts = re.findall(rf"{prefix}\.(\w+) \S+\s+(\S.*) \(type: .*, default: .*\)", described)
+    texts = re.findall(
+        rf"{prefix}\.(\w+) \S+(?:, \S+ \S+)?\s+(\S.*) \(type: .*, default: .*\)", described
+    )
     assert [name for name, _ in texts] == names
     assert len({text for _, text in texts}) == len(names)
     assert not [text for _, text in texts if len(text) < 15 or "see there" in text]

@@ -87,6 +87,9 @@ def test_what_is_still_there_goes_on(
         mine, theirs = new[name].weight, old[name].weight
         block, other = fisher.block(mine), old_optimizer._engine.fisher.block(theirs)
         assert torch.equal(block.average("G"), other.average("G"))
+    trained(new, new_optimizer, 1)
+    if messages:  # what was known of how far to go was of another model
+        assert new_optimizer.report.kl is not None
     assert trained(new, new_optimizer, 12) < 0.6
     assert {row.block for row in new_optimizer.coverage().rows} == {"kronecker"}
 

@@ -153,3 +153,53 @@ def test_a_loss_scale_changes_no_step_with_real_random_scores_and_any_damping(
     torch.testing.assert_close(other, one, rtol=1e-9, atol=1e-11)
     assert other_report.kl == pytest.approx(report.kl, rel=1e-8)
     assert other_report.kl_predicted == pytest.approx(report.kl_predicted, rel=1e-8)
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "diagonal"])
+def test_a_scale_that_changes_from_step_to_step_changes_nothing(structure):
+    """Such as that of an epoch's last micro-batches, of which there are fewer."""
+
+    def run(scales):
+        model = double(nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, 3)))
+        optimizer = NaturalGradientOptimizer(
+            model.parameters(),
+            lr=0.1,
+            structure=structure,
+            statistics_every=1,
+            measure_every=1,
+            kl_radius=None,
+        )
+        path = []
+        for seed, scale in enumerate(scales):
+            x, y = randn(ROWS, FEATURES, seed=seed), torch.arange(ROWS) % 3
+            optimizer.zero_grad()
+            with optimizer.observe():
+                loss = scale * F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            path.append(flat([*model.parameters()]))
+        return torch.stack(path)
+
+    torch.testing.assert_close(run([1.0, 1.0, 1 / 3, 20.0, 1.0]), run([1.0] * 5))
+
+
+@pytest.mark.supports("Gradients", "an incomplete last window of accumulated micro-batches")
+def test_fewer_micro_batches_at_the_end_make_no_longer_step():
+    """Lightning divides each by the number of a full window."""
+
+    def last_step(scale):
+        model = double(nn.Sequential(nn.Linear(FEATURES, 4), nn.Tanh(), nn.Linear(4, 3)))
+        optimizer = NaturalGradientOptimizer(
+            model.parameters(), lr=0.1, measure_every=1, kl_radius=None, statistics_every=1
+        )
+        for step in range(6):
+            x, y = randn(ROWS, FEATURES, seed=1), torch.arange(ROWS) % 3
+            before = flat([*model.parameters()])
+            optimizer.zero_grad()
+            with optimizer.observe():
+                loss = (scale if step == 5 else 1.0) * F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+        return (flat([*model.parameters()]) - before).norm()
+
+    assert last_step(1 / 3) == pytest.approx(float(last_step(1.0)), rel=1e-9)

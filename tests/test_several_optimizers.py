@@ -135,6 +135,57 @@ def test_adversaries_each_step_by_their_own_fisher(tmp_path: Path, toggle: bool)
     assert trainer.callback_metrics["natgrad-1/kl"] > 0
 
 
+class ZeroedFirst(Adversaries):
+    """Gradients are zeroed before all else, and the discriminator steps first."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.by_hand = by_hand
+
+    def judged(self, x: Tensor, label: float) -> Tensor:
+        if not self.by_hand:
+            return super().judged(x, label)
+        return F.softplus((1 - 2 * label) * self.discriminator(x)).mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        generator, discriminator = self.optimizers()
+        generator.zero_grad()
+        discriminator.zero_grad()
+        fake = self.generator(torch.randn(len(batch[0]), 4))
+        loss = self.judged(batch[0], 1.0) + self.judged(fake.detach(), 0.0)
+        self.manual_backward(loss)
+        discriminator.step()
+        self.manual_backward(self.judged(fake, 1.0))
+        generator.step()
+
+
+@pytest.mark.parametrize("by_hand", [False, True], ids=["cross entropy", "by hand"])
+def test_a_loss_that_does_not_reach_an_optimizer_s_parameters_is_not_its_own(
+    tmp_path: Path, by_hand: bool
+) -> None:
+    natural, trainer = fit(tmp_path, ZeroedFirst(by_hand))
+    generator = trainer.strategy.optimizers[0]._engine
+    assert natural.summary(0)["kl_mean"] > 0
+    if by_hand:
+        assert len(generator.losses) == 1
+    else:  # and not 3, with the discriminator's
+        assert generator._weight.total == pytest.approx(1.0)
+
+
+def test_what_one_optimizer_computes_for_its_step_is_not_seen_by_another_s_observer() -> None:
+    module = Adversaries()
+    one, other = (
+        NaturalGradientOptimizer(m.parameters()) for m in (module.generator, module.discriminator)
+    )
+    with one.observe(), other.observe():
+        loss = module.judged(module.generator(torch.randn(8, 4)), 1.0)
+        loss.backward()
+        seen = len(other._engine._observer.observation.tape.calls)
+        one.step()
+        assert one.report.kl > 0
+        assert len(other._engine._observer.observation.tape.calls) == seen
+
+
 def test_what_another_optimizer_s_parameters_made_before_they_changed_stays_as_it_was(
     tmp_path: Path,
 ) -> None:

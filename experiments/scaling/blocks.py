@@ -177,7 +177,7 @@ def half_diagonal(m: Map, examples: int) -> Block:
         "half-diagonal kronecker",
         m.count,
         S.size * D.size,
-        averages=S.numbers + D.numbers + 2,  # the number of rows, and what one row counts
+        averages=uses * (S.numbers + D.numbers + 1),  # and the number of rows
         refreshed=2 * S.numbers + D.numbers + 2,
         gram=uses * _second_moment(S, rows),
         rows=rows * (S.size + (S.size + D.size if uses == 2 else 0)),

@@ -259,13 +259,14 @@ class _Step:
         return averaged + broadcasts(sent, owners, self.ranks, self.device)
 
     def _spectrum(self) -> float:
-        """Eigenvalues of every factor, on every rank; an eigen block has them."""
-        return sum(
-            b.count * side.groups * self.device.eigenvalues(side.size)
+        """Eigenvalues of every factor, divided as inversions are; an eigen block has them."""
+        each = [
+            sum(side.groups * self.device.eigenvalues(side.size) for side in b.dense)
             for b in self.blocks
             if b.kind != "eigen"
-            for side in b.dense
-        )
+            for _ in range(b.count)
+        ]
+        return makespan(each, longest_first(each, self.ranks))
 
     def _numbers(self) -> float:
         """One all-reduce of a few numbers."""

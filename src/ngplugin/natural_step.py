@@ -279,6 +279,7 @@ class NaturalGradientStep:
         if weight is not None:
             self._weight = weight = self._worth.see(weight)
             self._bound.see_loss(weight.nll)
+            self._momentum.rescale(weight.total)
         return weight
 
     def _update_curvature(
@@ -487,7 +488,9 @@ class NaturalGradientStep:
         if all(i is None for i in places.of):
             return places  # another model: its first steps are first steps
         self.steps = int(state["steps"])
-        self._momentum.load_state_dict(places.rearranged(state["momentum"]), parameters)
+        momentum = state["momentum"]
+        averages = places.rearranged(momentum["average"])
+        self._momentum.load_state_dict(averages, momentum["scale"], parameters)
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(places.renumbered(state["fisher"]))
         if places.same:  # else the next step is measured, and calibrates anew

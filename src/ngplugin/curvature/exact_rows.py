@@ -130,6 +130,8 @@ class ExactRows:
             return None  # the step will be skipped, and says nothing about the next
         root = loss.fisher_root(weights)
         assert root is not None
+        if not root.columns:
+            return None  # where the loss is straight it has no curvature to take rows of
         each = terms // examples  # terms an example
         for p in columns:
             if id(p) in jacobian.unknown:

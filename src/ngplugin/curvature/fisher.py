@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from ngplugin.curvature.blocks import (
 from ngplugin.curvature.blocks.block import curvature_dtype, rounding
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.likelihoods import ScoredCall
-from ngplugin.curvature.ranks import several_ranks
+from ngplugin.curvature.ranks import largest_over_ranks, several_ranks
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
@@ -291,17 +292,25 @@ class Fisher:
     def condition(self) -> Condition | None:
         """Condition numbers as of the last refresh; None before it.
 
-        Computes the eigenvalues of every factor. Eigenvalues that rounding cannot tell from zero
-        count as the smallest that it can, so a singular matrix shows as about 1/ε of its precision.
+        Computes the eigenvalues of every factor, of several processes each of some. Eigenvalues
+        that rounding cannot tell from zero count as the smallest that it can, so a singular matrix
+        shows as about 1/ε of its precision.
         """
         ready = [block for block in self.blocks if block.inverted]
         if not ready:
             return None
-        columns = zip(*(block.extreme_eigenvalues() for block in ready), strict=True)
-        low, high, damped_low, damped_high = (torch.stack([*c]).cpu().double() for c in columns)
+        mine = [block for block in ready if not several_ranks() or sharing.mine(block, ready)]
+        device = ready[0].parameters[0].device
+        # Of no block: the widest range that another process's can only narrow to its own.
+        none = torch.tensor([math.inf, -math.inf, math.inf, -math.inf], device=device)
+        found = [none, *(torch.stack(block.extreme_eigenvalues()).to(none) for block in mine)]
+        low, high, damped_low, damped_high = torch.stack(found).unbind(1)
+        # Each as one that has to be large.
+        extremes = torch.stack([-low.min(), high.max(), -damped_low.min(), damped_high.max()])
+        low, high, damped_low, damped_high = largest_over_ranks(extremes).double().tolist()
         epsilon = torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        undamped = high.max() / low.min().clamp_min(epsilon * high.max())
-        return Condition(float(undamped), float(damped_high.max() / damped_low.min()))
+        undamped = high / max(-low, epsilon * high) if high > 0 else math.nan
+        return Condition(undamped, damped_high / -damped_low if damped_low < 0 else math.inf)
 
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""

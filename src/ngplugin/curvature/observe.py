@@ -174,7 +174,7 @@ class Observer(TorchFunctionMode):
     ) -> Any:
         """Run one torch call of the user's code, and note what it was."""
         kwargs = kwargs or {}
-        if self._paused or self._idle or func is Tensor.backward:
+        if self._paused or self._idle:
             return func(*args, **kwargs)
         if any(map(is_lazy, args)):  # a parameter that has yet to be made
             return func(*args, **kwargs)

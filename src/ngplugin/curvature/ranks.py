@@ -52,6 +52,14 @@ def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
             tensors[i].copy_(part.view_as(tensors[i]))
 
 
+def largest_over_ranks(t: Tensor) -> Tensor:
+    """The largest of every process's tensor, element by element; every process has to call it."""
+    if several_ranks():
+        t = t.clone()
+        dist.all_reduce(t, dist.ReduceOp.MAX)
+    return t
+
+
 def all_ranks(holds: bool, device: torch.device) -> bool:
     """Whether something holds in every process; every process has to call it."""
     if not several_ranks():

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ngplugin.curvature.block_choice import BlockChoice
-from ngplugin.curvature.blocks import BLOCKS, AveragedBlock, BlockDamping
+from ngplugin.curvature.blocks import BLOCKS, AveragedBlock, Block, BlockDamping
 from ngplugin.curvature.ranks import alike, all_ranks, mean_over_ranks_, rank, ranks
 
 Statistic = dict[str, Tensor] | None  # None: not finite; empty: nothing was added
@@ -106,11 +106,22 @@ def refresh(blocks: Sequence[AveragedBlock], damping: BlockDamping) -> int:
         How many factorizations failed.
     """
     average(blocks)
-    owners = assigned([work(block) for block in blocks], ranks())
+    owners = _owners(blocks)
     mine = [i for i, owner in enumerate(owners) if owner == rank()]
     inverted = {i: blocks[i].invert(damping) for i in mine}
     shared = _shared(blocks, inverted, owners)
     return sum(not block.take(tensors) for block, tensors in zip(blocks, shared, strict=True))
+
+
+def mine(block: Block, blocks: Sequence[Block]) -> bool:
+    """Whether some work on a block, of the size of inverting it, is this process's."""
+    averaged = [each for each in blocks if isinstance(each, AveragedBlock)]
+    owner = dict(zip(averaged, _owners(averaged), strict=True))
+    return isinstance(block, AveragedBlock) and owner[block] == rank()
+
+
+def _owners(blocks: Sequence[AveragedBlock]) -> list[int]:
+    return assigned([work(block) for block in blocks], ranks())
 
 
 def work(block: AveragedBlock) -> int:

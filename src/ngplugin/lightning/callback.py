@@ -270,6 +270,11 @@ class NaturalGradient(Callback):
 
     # -- saving --------------------------------------------------------------------------------
 
+    @property
+    def state_key(self) -> str:
+        """Under which a checkpoint has the state; of two callbacks each for its optimizers."""
+        return self._generate_state_key(optimizers=self.optimizers)
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing, since the optimizers' states have it all; unless a strategy rewrites those."""
         if not self._rewritten:
