@@ -288,7 +288,8 @@ class Observer(TorchFunctionMode):
     def _watch_objective(self, value: Tensor) -> None:
         """Look at what a scalar is made of beside recognised losses, if it is an objective."""
         observation, place = self.observation, self.observation.tape.place(value)
-        if place is None:
+        # It may be the objective of another optimizer, of what these parameters made, detached.
+        if place is None or not depends([value], self._parameters):
             return
         with torch.no_grad(), self.paused():  # it may be written to
             seen = widened(plain(torch.clone(torch.detach(value)))).reshape(())
@@ -372,8 +373,6 @@ class Observer(TorchFunctionMode):
                 continue
             if any(t.is_complex() for t in tail.outputs):
                 continue
-            if not depends(tail.outputs, self._parameters):
-                continue  # an objective of another optimizer's parameters
             curvature = OutputCurvature(tail, tail.outputs, self._generator)
             if not torch.isclose(curvature.value, seen, rtol=_SAME, equal_nan=True):
                 continue  # the calls that were seen are not all that made it
