@@ -28,7 +28,13 @@ from tests.oracle import double, flat, randn
 F = torch.nn.functional
 STEPS, BATCH = 9, 24
 #: Without a draw, whose noise two processes would have another of.
-EXACT = {"fisher": "exact", "refresh_every": 4, "statistics_every": 2, "measure_every": 2}
+EXACT = {
+    "fisher": "exact",
+    "refresh_every": 4,
+    "statistics_every": 2,
+    "measure_every": 2,
+    "spectrum_every": 1,
+}
 
 
 def layers(*modules: nn.Module) -> nn.Module:

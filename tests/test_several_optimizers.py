@@ -513,7 +513,7 @@ def test_rates_are_logged_under_the_names_of_the_wrapped_optimizers(tmp_path: Pa
 
 
 @supports("Checkpoints", "resuming with several optimizers, with several steps a batch")
-@pytest.mark.parametrize("kind", [Adversaries, lambda: Repeating(3)], ids=["two", "three steps"])
+@pytest.mark.parametrize("kind", [Adversaries, lambda: Repeating(2)], ids=["two", "two steps"])
 def test_resuming_manual_optimization_is_bit_exact(tmp_path: Path, kind: Any) -> None:
     def run(epochs: int, checkpoint: str | None = None) -> tuple[Tensor, str]:
         L.seed_everything(0, verbose=False)
@@ -532,7 +532,8 @@ def test_resuming_manual_optimization_is_bit_exact(tmp_path: Path, kind: Any) ->
         trainer.fit(module, data(), ckpt_path=checkpoint)
         return flat([*module.parameters()]), saver.last_model_path
 
-    whole, _ = run(5)
-    _, half = run(3)
-    resumed, _ = run(5, half)
-    assert torch.equal(resumed, whole)
+    whole, _ = run(4)
+    for epochs in (1, 2, 3):
+        _, part = run(epochs)
+        resumed, _ = run(4, part)
+        assert torch.equal(resumed, whole), epochs

@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
-_SAME = 1e-4  # relative difference of Σw that is none
-
 
 class GradientMomentum:
-    """m ← μ m + g, read as m, or as g + μ m (Nesterov).
+    """m ← μ m + g/Σw, read as m, or as g/Σw + μ m (Nesterov).
 
     The average is of the gradient and not of the step, so that the step is one product with the
-    inverse and its predicted KL comes at no further cost. What a step was proposed with counts from
-    `keep` on: a step that is refused leaves the averages as they were, bit for bit.
-
-    Gradients of objectives that were scaled differently, as that of the last micro-batches of an
-    epoch is, are brought to the scale of the present one.
+    inverse and its predicted KL comes at no further cost. It is of the gradient over the weight of
+    its objective, so that one which is scaled down, as that of an epoch's last micro-batches is,
+    counts as much as others. What a step was proposed with counts from `keep` on: a step that is
+    refused leaves the averages as they were, bit for bit.
     """
 
     def __init__(self, nesterov: bool) -> None:
         self._nesterov = nesterov
         self._average: dict[int, Tensor] = {}  # id of a parameter -> m
         self._proposed: dict[int, Tensor] = {}
-        self._scale: float | None = None  # Σw of the objective that m is in units of
 
-    def rescale(self, total_weight: float) -> None:
-        """Have the averages in units of an objective of this Σw."""
-        if self._scale is None or abs(total_weight / self._scale - 1) > _SAME:
-            for m in self._average.values():
-                m.mul_(total_weight / (self._scale or total_weight))
-            self._scale = total_weight
+    def propose(self, p: Tensor, mu: float, total_weight: float) -> Tensor:
+        """What to step along with the gradient of `p`, not to be changed in place.
 
-    def propose(self, p: Tensor, mu: float) -> Tensor:
-        """What to step along with the gradient of `p`, not to be changed in place."""
+        Args:
+            p: the parameter.
+            mu: μ.
+            total_weight: Σw of the objective.
+        """
         g = p.grad
         assert g is not None
+        g = g if total_weight == 1 else g / total_weight
         if mu == 0:
             return g
         m = self._average.get(id(p))
@@ -53,15 +48,12 @@ class GradientMomentum:
         """Forget what was proposed."""
         self._proposed = {}
 
-    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
-        """M of each parameter, None where there is none yet, and in units of what."""
-        return {"average": [self._average.get(id(p)) for p in parameters], "scale": self._scale}
+    def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        """M of each parameter, None where there is none yet."""
+        return [self._average.get(id(p)) for p in parameters]
 
-    def load_state_dict(
-        self, state: Sequence[Tensor | None], scale: float | None, parameters: Sequence[Tensor]
-    ) -> None:
-        """Take over saved averages, one a parameter, and their units."""
-        self._scale = scale
+    def load_state_dict(self, state: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> None:
+        """Take over saved averages."""
         self._average = {
             id(p): m.to(p.device, copy=True)
             for p, m in zip(parameters, state, strict=True)

@@ -279,7 +279,6 @@ class NaturalGradientStep:
         if weight is not None:
             self._weight = weight = self._worth.see(weight)
             self._bound.see_loss(weight.nll)
-            self._momentum.rescale(weight.total)
         return weight
 
     def _update_curvature(
@@ -410,8 +409,12 @@ class NaturalGradientStep:
             block.remember([directions[id(p)] for p in block.parameters])
 
     def _averaged(self, groups: Sequence[StepGroup]) -> dict[int, Tensor]:
-        """What to precondition, by the id of each parameter."""
+        """What to precondition, by the id of each parameter: of the objective over Σw.
+
+        The exact block's rows are of the objective itself, and so is what it is given.
+        """
         block = self._exact_block()
+        total_weight = 1.0 if self.options.structure == "identity" else self._weight.total
         averaged = {}
         for group in groups:
             for p in group.parameters:
@@ -421,7 +424,7 @@ class NaturalGradientStep:
                     averaged[id(p)] = p.grad  # the batch's own, as the rows are
                 else:
                     momentum = group.momentum if self._solver.averages else 0.0
-                    averaged[id(p)] = self._momentum.propose(p, momentum)
+                    averaged[id(p)] = self._momentum.propose(p, momentum, total_weight)
         return averaged
 
     def _propose(
@@ -431,9 +434,10 @@ class NaturalGradientStep:
         natural, curved = averaged, dict[int, Tensor]()
         if self.options.structure != "identity":
             natural, curved = self._solver.direction(metric, averaged)
-            for vector in (*natural.values(), *curved.values()):
-                # F is kept per Σw, the gradient is that of the whole objective.
-                vector.div_(self._weight.total)
+            block = self._exact_block()
+            for p in () if block is None else block.parameters:
+                for vector in (found[id(p)] for found in (natural, curved) if id(p) in found):
+                    vector.div_(self._weight.total)
         moves = []
         for group in groups:
             for p in group.parameters:
@@ -488,9 +492,7 @@ class NaturalGradientStep:
         if all(i is None for i in places.of):
             return places  # another model: its first steps are first steps
         self.steps = int(state["steps"])
-        momentum = state["momentum"]
-        averages = places.rearranged(momentum["average"])
-        self._momentum.load_state_dict(averages, momentum["scale"], parameters)
+        self._momentum.load_state_dict(places.rearranged(state["momentum"]), parameters)
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(places.renumbered(state["fisher"]))
         if places.same:  # else the next step is measured, and calibrates anew

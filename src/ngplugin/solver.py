@@ -264,14 +264,12 @@ class _Subspace:
         self._solver = solver
         self._fisher = fisher
         self._damping = fisher.isotropic_damping(damping)
-        self._total_weight = total_weight
         self._batch = BatchFisher(taped, fisher.parameters, total_weight)
 
     def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
         """The minimiser and its product, in the scale of `Fisher.precondition`."""
         d, last = self._fisher.precondition(vectors)[0], self._solver.last
-        # p is a direction of the objective, d one of the objective over Σw.
-        last = {key: last[key] * self._total_weight for key in d if key in last}
+        last = {key: last[key] for key in d if key in last}
         basis = [d, last] if last.keys() == d.keys() else [d]
         try:
             products = [self.product(v) for v in basis]
