@@ -19,7 +19,17 @@ TOOLS = (
     "networkx", "pytest", "pytest-xdist", "requests", "rich", "scikit-learn", "wandb",
 )  # fmt: skip
 #: They are of train.py and experiments/, whose versions requirements.txt says.
-OTHERS = ("compare", "conf", "command_line", "grid", "other_tasks", "tasks", "train")
+OTHERS = (
+    "compare",
+    "conf",
+    "command_line",
+    "grid",
+    "other_tasks",
+    "scaling",
+    "support",
+    "tasks",
+    "train",
+)
 
 
 def lower_bounds() -> list[str]:

@@ -26,6 +26,8 @@ from tests.oracle import flat
 from tests.test_several_optimizers import Adversaries
 
 supports, refuses = pytest.mark.supports, pytest.mark.refuses
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+shards = pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on other devices only")
 EPOCHS, EXAMPLES = 3, 96
 #: Without a draw, whose noise two processes would have another of.
 EXACT = {"fisher": "exact", "refresh_every": 4, "statistics_every": 2, "measure_every": 2}
@@ -146,6 +148,28 @@ def half_precision() -> MixedPrecision:
     return MixedPrecision("16-mixed", "cpu", scaler=scaler)
 
 
+def sharded(two: dict[str, Any]) -> dict[str, Any]:
+    """Runs of a strategy that shards, refused and taken."""
+    return {
+        "sharded": refused(Sharded(), **two, strategy=ModelParallelStrategy(2, 1)),
+        "half sharded": fit(
+            HalfSharded(),
+            **two,
+            strategy=ModelParallelStrategy(2, 1),
+            options={**EXACT, "optimizers": [1]},
+            save="half.ckpt",
+        ),
+        "half sharded, resumed": fit(
+            HalfSharded(),
+            **two,
+            strategy=ModelParallelStrategy(2, 1),
+            options={**EXACT, "optimizers": [1]},
+            checkpoint=f"{two['folder']}/half.ckpt",
+            epochs=EPOCHS + 1,
+        ),
+    }
+
+
 def both(rank: int, folder: str, port: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -173,23 +197,9 @@ def both(rank: int, folder: str, port: int) -> None:
         "resumed": fit(
             Module(), **two, strategy="ddp", checkpoint=f"{folder}/one.ckpt", epochs=EPOCHS + 1
         ),
-        "sharded": refused(Sharded(), **two, strategy=ModelParallelStrategy(2, 1)),
-        "half sharded": fit(
-            HalfSharded(),
-            **two,
-            strategy=ModelParallelStrategy(2, 1),
-            options={**EXACT, "optimizers": [1]},
-            save="half.ckpt",
-        ),
-        "half sharded, resumed": fit(
-            HalfSharded(),
-            **two,
-            strategy=ModelParallelStrategy(2, 1),
-            options={**EXACT, "optimizers": [1]},
-            checkpoint=f"{folder}/half.ckpt",
-            epochs=EPOCHS + 1,
-        ),
     }
+    if SHARDS_ON_CPU:
+        found |= sharded(two)
     torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -259,6 +269,7 @@ def test_a_checkpoint_goes_on_in_more_or_fewer_processes(ranks: list[dict[str, A
     torch.testing.assert_close(fewer["weights"], whole["weights"], rtol=0.05, atol=0.05)
 
 
+@shards
 @refuses("Distributed", "ModelParallelStrategy with fully_shard (FSDP2), tensor parallelism")
 def test_sharded_parameters_are_refused_by_name(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
@@ -269,6 +280,7 @@ def test_sharded_parameters_are_refused_by_name(ranks: list[dict[str, Any]]) -> 
         assert "NaturalGradient(optimizers=[...])" in found["sharded"]
 
 
+@shards
 @supports("Distributed", "ModelParallelStrategy, an optimizer of layers that are whole")
 def test_layers_that_are_whole_beside_sharded_ones(ranks: list[dict[str, Any]]) -> None:
     found = once(ranks, "half sharded")

@@ -79,10 +79,10 @@ class Adversaries(L.LightningModule):
     @contextmanager
     def of(self, optimizer: Any) -> Iterator[None]:
         if self.toggle:
-            with self.toggled_optimizer(optimizer):
-                yield
-        else:
-            yield
+            self.toggle_optimizer(optimizer)
+        yield
+        if self.toggle:
+            self.untoggle_optimizer(optimizer)
 
     def judged(self, x: Tensor, label: float) -> Tensor:
         logits = self.discriminator(x)

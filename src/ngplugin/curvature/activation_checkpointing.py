@@ -34,9 +34,12 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
         if not any(isinstance(t, Tensor) and t.requires_grad for t in args):
             # What is inside gets no gradient, whatever it is, and torch warns of it.
             return inherited(function, preserve_rng_state, *args)
-        return checkpoint(
-            function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
-        )
+
+        def opened(*inputs: Any) -> Any:  # and opened when it is computed again, after observation
+            with reentrant_checkpoints_opened():
+                return function(*inputs)
+
+        return checkpoint(opened, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
     CheckpointFunction.apply = apply  # type: ignore[method-assign]
     try:
