@@ -347,7 +347,7 @@ def test_a_raw_reference_that_bypasses_the_natural_optimizer_is_told(tmp_path: P
             self.manual_backward(super().training_step(batch, batch_idx))
             self.kept.step()
 
-    with pytest.warns(UserWarning, match=r"no step was made.*self.optimizers\(\)"):
+    with pytest.warns(UserWarning, match=r"optimizer 0 made no step.*self.optimizers\(\)"):
         fit(tmp_path, Keeps(), max_epochs=2)
 
 

@@ -62,7 +62,7 @@ class ExactRows:
         self.no_room = False
         self.reasons: dict[int, str] = {}
         self._forced = forced
-        self._too_costly = False  # refused for its size
+        self._untold = False  # refused for its size, or for what all models are
         self._parameters: list[Tensor] = []  # the columns of what is pending
         self._pending: list[_Pending] = []
         self._reached: set[int] = set()
@@ -80,7 +80,7 @@ class ExactRows:
         That a model is too large for what was not asked for is not.
         """
         if self.refused is not None:
-            return self.refused if self._forced or not self._too_costly else None
+            return self.refused if self._forced or not self._untold else None
         return None if self.block is None else self.reasons.get(id(p))
 
     def collect(self, loss: ScoredCall, weights: Tensor, parameters: Sequence[Tensor]) -> None:
@@ -94,6 +94,7 @@ class ExactRows:
         if self.refused is not None:
             return
         if several_ranks():
+            self._untold = True
             self.refuse("the rows of a batch are spread over several processes")
             return
         columns = parameters if self.block is None else self.block.parameters
@@ -182,7 +183,7 @@ class ExactRows:
         needed = 8 * (rows * size + 2 * small**2)
         if needed <= _MOST_BYTES:
             return None
-        self.no_room = self._too_costly = True
+        self.no_room = self._untold = True
         return (
             f"{size:,} parameters and {rows:,} rows or more: {needed / 2**30:.1f} GiB of rows and "
             f"matrices, {_MOST_BYTES / 2**30:.0f} GiB at most"
@@ -223,7 +224,7 @@ class ExactRows:
         size = sum(p.numel() for p in kept)
         wanted = max(_FEWEST_ROWS, size * _FEWEST_ROWS_PER_PARAMETER)
         if rows < wanted and not self._forced:
-            self._too_costly = True
+            self._untold = True
             return f"{rows:,} rows for {size:,} parameters, at least {wanted:,.0f} wanted"
         return self._too_much(rows, kept, self._step_multiplications)
 
@@ -234,7 +235,7 @@ class ExactRows:
         most = min(_MOST_MULTIPLICATIONS, _MOST_TIMES_THE_STEP * step)
         if needed <= most or self._forced:
             return None
-        self._too_costly = True
+        self._untold = True
         return f"{needed:.1e} multiplications a step, at most {most:.1e} wanted"
 
     def discard(self) -> None:
@@ -249,13 +250,13 @@ class ExactRows:
 
     def state_dict(self) -> dict[str, Any]:
         """What was decided; the block itself is saved with the others."""
-        return {"refused": self.refused, "costly": self._too_costly, "steps": self._steps}
+        return {"refused": self.refused, "costly": self._untold, "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any], blocks: Sequence[Block]) -> None:
         """Take over what was decided, and the block that is among `blocks`."""
         self.discard()
         self.refused, self._steps = state["refused"], int(state["steps"])
-        self._too_costly = bool(state["costly"])
+        self._untold = bool(state["costly"])
         self.block = next((b for b in blocks if isinstance(b, ExactBlock)), None)
 
 

@@ -34,6 +34,11 @@ class NaturalGradient(Callback):
     load without this callback too. Several optimizers and manual optimization are followed: what
     `self.optimizers()` gives are the natural ones.
 
+    Gradients are accumulated, unscaled and clipped first, as the trainer is set up to do, and then
+    preconditioned; the KL bound acts on the step itself, after momentum and weight decay. Clipping
+    by norm shortens a gradient, which the momentum takes in as it is; what bounds the step is the
+    KL.
+
     After the first step it prints which block every parameter got, and after every step it writes
     the KL divergence, the condition number and more to all loggers, whatever `log_every_n_steps`
     is; `natgrad/kl` is also among the `callback_metrics` and in the progress bar. Metrics of a
@@ -154,6 +159,7 @@ class NaturalGradient(Callback):
         )
         self.optimizers = optimizers
         self._ng_optimizers: list[NaturalGradientOptimizer] = []
+        self._chosen_places: list[int] = []  # where they were in what the module returned
         self._names: dict[int, str] = {}  # id of a parameter to its name in the module
         self._watching = ExitStack()
         self._rewritten = False  # whether the strategy keeps of optimizer states what it knows
@@ -206,6 +212,7 @@ class NaturalGradient(Callback):
             given[i] = self._natural(given[i])
         trainer.strategy.optimizers = given
         self._ng_optimizers = [given[i] for i in chosen]
+        self._chosen_places = chosen
         self._rewritten = type(trainer.strategy).__name__ == "ModelParallelStrategy"
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._summaries = [tracking.Summary() for _ in chosen]
@@ -248,7 +255,8 @@ class NaturalGradient(Callback):
                 pl_module.log(name, kls[-1], prog_bar=True, logger=False, on_step=True)
             first = any(of == i and report.step == 0 for of, report in reports)
             if first and self.show_coverage and trainer.is_global_zero:
-                coverage_table.show(self.coverage(i))
+                several = len(self._ng_optimizers) > 1
+                coverage_table.show(self.coverage(i), self._chosen_places[i] if several else None)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Say it if steps are made behind our back.
@@ -261,10 +269,10 @@ class NaturalGradient(Callback):
         idle = [i for i, s in enumerate(self._summaries) if s.numbers()["steps"] == 0]
         if idle and len(self._summaries) == len(self._ng_optimizers):
             warnings.warn(
-                f"NaturalGradient: no step was made through optimizer {idle[0]} in the first "
-                "epoch. Usual cause: training_step uses a reference to the optimizer that "
+                f"NaturalGradient: optimizer {self._chosen_places[idle[0]]} made no step in the "
+                "first epoch. Usual cause: training_step uses a reference to the optimizer that "
                 "configure_optimizers() kept. Take it from self.optimizers() instead; or, if it "
-                f"is not to be natural, name the others: NaturalGradient(optimizers=[...]).",
+                "is not to be natural, name the others: NaturalGradient(optimizers=[...]).",
                 stacklevel=2,
             )
 

@@ -7,9 +7,15 @@ from ngplugin.report import Coverage
 _MOST_ROWS = 40  # a larger model's table would push everything else off the screen
 
 
-def show(coverage: Coverage) -> None:
-    """Print the table, with rich where it is installed."""
-    title = "natural gradient: what preconditions each parameter"
+def show(coverage: Coverage, optimizer: int | None = None) -> None:
+    """Print the table, with rich where it is installed.
+
+    Args:
+        coverage: of one optimizer's parameters.
+        optimizer: its number, where there are several.
+    """
+    whose = "" if optimizer is None else f", optimizer {optimizer}"
+    title = f"natural gradient{whose}: what preconditions each parameter"
     hidden = len(coverage.rows) - _MOST_ROWS
     shown = Coverage(coverage.rows[:_MOST_ROWS])
     caption = f"{coverage.totals()}\n{coverage.sources()}"
