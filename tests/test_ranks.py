@@ -119,6 +119,11 @@ def no_loss_in_one_rank(model: nn.Module, seed: int, share: slice) -> Tensor:
     return (0.5 if seed == 4 else 1) * points(model, seed, share)
 
 
+def frozen_later(model: nn.Module, seed: int, share: slice) -> Tensor:
+    model[0].requires_grad_(seed < 5)
+    return points(model, seed, share)
+
+
 @dataclasses.dataclass
 class Scenario:
     """What is trained, and by what.
@@ -163,6 +168,7 @@ SCENARIOS = {
     "no loss in one rank": Scenario(
         loss=no_loss_in_one_rank, options=EXACT, parallel=None, same=False
     ),
+    "frozen later": Scenario(loss=frozen_later, options=EXACT, parallel=None),
     "unused, found": Scenario(
         Branches, options=EXACT, parallel={"find_unused_parameters": True}, same=False
     ),
@@ -192,7 +198,7 @@ def train(scenario: Scenario, model: nn.Module, share: slice) -> dict[str, Any]:
                     loss = scenario.loss(model, seed + 100 * part, share) / scenario.micro_batches
                 loss.backward()
         if scenario.parallel is None and dist.is_initialized():
-            for p in parameters:
+            for p in filter(lambda p: p.requires_grad, parameters):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)
                 p.grad /= 2

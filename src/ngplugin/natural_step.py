@@ -198,9 +198,8 @@ class NaturalGradientStep:
 
         Without any gradient there is nothing to do: no step is counted. Nor is one that moves
         nothing and saw nothing: `torch.distributed.checkpoint` makes such steps, with learning
-        rates of zero, to have an optimizer make its state. A batch whose gradient is
-        not finite is skipped, and no average learns from it; the momentum learns from no step that
-        is not finite.
+        rates of zero, to have an optimizer make its state. A batch whose gradient is not finite is
+        skipped, and no average learns from it; the momentum learns from no step that is not finite.
 
         Raises:
             StepOrderError: no observed loss has ever reached a parameter.

@@ -147,8 +147,12 @@ class Fisher:
 
     def _fold_together(self, total_weight: float, decay: float) -> int:
         """The same where each of several processes has added what its own batch says."""
-        averaged = [block for block in self.blocks if isinstance(block, AveragedBlock)]
-        own = {block: block.statistic(total_weight) for block in averaged}
+        present = {id(p) for p in self.parameters}  # the others were frozen, or taken out
+        own = {
+            block: block.statistic(total_weight)
+            for block in self.blocks
+            if isinstance(block, AveragedBlock) and present.issuperset(map(id, block.parameters))
+        }
         agreed = sharing.agree(self._choice, own)
         folded = [block for block, statistic in agreed.items() if statistic]
         for block in folded:
@@ -299,7 +303,9 @@ class Fisher:
         ready = [block for block in self.blocks if block.inverted]
         if not ready:
             return None
-        mine = [block for block in ready if not several_ranks() or sharing.mine(block, ready)]
+        mine: Sequence[Block] = ready
+        if several_ranks():
+            mine = sharing.own([block for block in ready if isinstance(block, AveragedBlock)])
         device = ready[0].parameters[0].device
         # Of no block: the widest range that another process's can only narrow to its own.
         none = torch.tensor([math.inf, -math.inf, math.inf, -math.inf], device=device)

@@ -11,6 +11,7 @@ Everything here has to be called by every process.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ngplugin.curvature.block_choice import BlockChoice
-from ngplugin.curvature.blocks import BLOCKS, AveragedBlock, Block, BlockDamping
+from ngplugin.curvature.blocks import BLOCKS, AveragedBlock, BlockDamping
 from ngplugin.curvature.ranks import alike, all_ranks, mean_over_ranks_, rank, ranks
 
 Statistic = dict[str, Tensor] | None  # None: not finite; empty: nothing was added
@@ -49,6 +50,10 @@ def agree(
     A block that some process has not seen, its batch having gone through other parts of the model,
     is made there as it is elsewhere, and what it has not added counts as zero. A statistic that is
     not finite in one process is dropped in all.
+
+    Args:
+        choice: has the blocks.
+        statistics: of those whose parameters are among the present ones.
 
     Returns:
         The blocks in the order of their parameters, each with what is to be folded.
@@ -113,11 +118,10 @@ def refresh(blocks: Sequence[AveragedBlock], damping: BlockDamping) -> int:
     return sum(not block.take(tensors) for block, tensors in zip(blocks, shared, strict=True))
 
 
-def mine(block: Block, blocks: Sequence[Block]) -> bool:
-    """Whether some work on a block, of the size of inverting it, is this process's."""
-    averaged = [each for each in blocks if isinstance(each, AveragedBlock)]
-    owner = dict(zip(averaged, _owners(averaged), strict=True))
-    return isinstance(block, AveragedBlock) and owner[block] == rank()
+def own(blocks: Sequence[AveragedBlock]) -> list[AveragedBlock]:
+    """Those on which it is this process that does some work of the size of inverting them."""
+    owners = _owners(blocks)
+    return [block for block, owner in zip(blocks, owners, strict=True) if owner == rank()]
 
 
 def _owners(blocks: Sequence[AveragedBlock]) -> list[int]:
@@ -143,10 +147,10 @@ def assigned(works: Sequence[int], processes: int) -> list[int]:
     Returns:
         A process for each piece.
     """
-    loads, owners = [0] * processes, [0] * len(works)
+    loads, owners = [(0, r) for r in range(processes)], [0] * len(works)
     for i in sorted(range(len(works)), key=lambda i: -works[i]):
-        owners[i] = min(range(processes), key=lambda r: loads[r])
-        loads[owners[i]] += works[i]
+        load, owners[i] = loads[0]
+        heapq.heapreplace(loads, (load + works[i], owners[i]))
     return owners
 
 
