@@ -306,3 +306,17 @@ def test_a_loss_by_hand_has_the_rows_of_its_twin():
         ends.append(block)
     ours, theirs = (torch.cat(block._rows) for block in ends)
     torch.testing.assert_close(ours.mT @ ours, theirs.mT @ theirs)
+
+
+def test_a_loss_that_says_nothing_at_any_output_has_no_rows():
+    """Such as one by hand whose every term is masked in one batch."""
+    model = double(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)))
+    optimizer = NaturalGradientOptimizer(model.parameters(), structure="exact")
+    for seed, mask in enumerate((1.0, 0.0, 1.0)):
+        with optimizer.observe():
+            loss = (F.softplus(model(randn(300, 4, seed=seed))) * mask).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert optimizer.report.step == 2
+    assert {row.block for row in optimizer.coverage().rows} == {"exact"}
