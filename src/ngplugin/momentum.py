@@ -53,6 +53,10 @@ class GradientMomentum:
         """Forget what was proposed."""
         self._proposed = {}
 
+    def forget(self) -> None:
+        """Start anew."""
+        self._average = {}
+
     def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
         """M of each parameter, None where there is none yet, and in units of what."""
         return {"average": [self._average.get(id(p)) for p in parameters], "scale": self._scale}
