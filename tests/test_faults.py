@@ -211,6 +211,36 @@ def test_bad_batches_in_a_row_at_the_start_do_not_end_the_run():
     run.assert_learns()
 
 
+class Tempered(nn.Module):
+    """Beside a layer, a parameter of which a function is taken before it meets the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 4)
+        self.rho = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) / F.softplus(self.rho)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_step_that_led_to_no_number_is_taken_back_unless_it_was_measured(monkeypatch, measured):
+    monkeypatch.setitem(MODELS, "tempered", Tempered)
+    run = Run("tempered", "cross entropy", measure_every=1 if measured else None)
+    run.steps(3)
+    before = run.weights()
+    run.step()
+    after = run.weights()
+    bad = REFUSED["nan in the inputs"]
+    run.step(bad)
+    assert torch.equal(run.weights(), after)  # one batch may be bad by itself
+    run.step(bad)
+    assert torch.equal(run.weights(), after if measured else before)
+    run.step(bad)
+    assert torch.equal(run.weights(), after if measured else before)
+    run.assert_learns(20)
+
+
 # -- taken ---------------------------------------------------------------------------------------
 
 

@@ -59,6 +59,7 @@ FLOORS = [
         "objective_check",
         "layer_balance",
         "move",
+        "unmeasured_step",
     },
     {"geodesic_acceleration", "solver"},
     {"options", "step_length"},

@@ -1,4 +1,4 @@
-"""Lightning's own demos: `python -m experiments.trials.demos`."""
+"""Lightning's own demos, and a GAN: `python -m experiments.trials.demos`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from lightning.pytorch.demos import LightningLSTM, LightningTransformer, Sequenc
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from torch.utils.data import DataLoader
 
+from experiments.trials.adversarial import gan
 from experiments.trials.trial import QUIET, Trial, main
 
 LIBRARY = "lightning"
+GAN = "digits; a GAN, judged by the energy distance"
 
 
 def words() -> WikiText2:
@@ -60,7 +62,9 @@ TRIALS = [
     Trial("demo_transformer", LIBRARY, "words; cross entropy", transformer),
     Trial("demo_lstm", LIBRARY, "words; cross entropy", lstm),
     Trial("demo_boring", LIBRARY, "ones; squared error", boring),
-    Trial("demo_manual", LIBRARY, "ones; squared error", manual, refused=True),
+    Trial("demo_manual", LIBRARY, "ones; squared error", manual),
+    Trial("demo_gan", LIBRARY, GAN, gan),
+    Trial("demo_gan_small", LIBRARY, GAN, gan, {"kl_radius": 0.003, "momentum": 0.5}),
 ]
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ def row(result: dict[str, Any]) -> str:
     """One trial; losses are means over the last tenth of the steps."""
     own, natural = result["own"], result["natural"]
     steps = len(own["losses"])
-    cells = [result["library"], f"{result['trial']}: {result['task']}"]
+    options = "".join(f", `{name}={value}`" for name, value in result["options"].items())
+    cells = [result["library"], f"{result['trial']}: {result['task']}{options}"]
     if natural["error"]:
         told = natural["error"].split(":")[0]
         cells += ["", "", told, "", "", ""]
@@ -25,7 +26,7 @@ def row(result: dict[str, Any]) -> str:
     ours, theirs = (smoothed(r["losses"], max(1, steps // 10)) for r in (natural, own))
     reached = next((str(i + 1) for i, loss in enumerate(ours) if loss <= theirs[-1]), "-")
     cells += [
-        f"{own['losses'][0]:.3g}",
+        f"{natural['losses'][0]:.3g}",  # LBFGS tells that of its last evaluation in a step
         f"{theirs[-1]:.3g}",
         f"{ours[-1]:.3g}",
         f"{reached} of {steps}",

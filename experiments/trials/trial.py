@@ -2,9 +2,10 @@
 
 A trial is a function that does what a user of the project would do: make module, data and trainer,
 and fit. It is called twice with the same seed, the second time with `NaturalGradient()` among the
-callbacks, all its options at their defaults. The training loss and the processor's time of this
-process, on one thread, are noted after every step; both, with the table of parameters and blocks
-and all warnings that came with the callback only, go to `experiments/results/trials/`.
+callbacks, its options at their defaults unless the trial has others. The training loss and the
+processor's time of this process, on one thread, are noted after every step; both, with the table of
+parameters and blocks and all warnings that came with the callback only, go to
+`experiments/results/trials/`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import platform
 import tempfile
 import time
 import traceback
@@ -50,14 +52,14 @@ class Trial:
         library: as PyPI calls it.
         task: what is learned, and the loss, in a few words.
         fit: makes everything anew and trains, with these callbacks.
-        refused: the callback is to say that it cannot follow.
+        options: of the callback; the defaults where none are given.
     """
 
     name: str
     library: str
     task: str
     fit: Fit
-    refused: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 class LossCurve(Callback):
@@ -118,19 +120,21 @@ def _fit(fit: Fit, callbacks: list[Callback], seed: int) -> Run:
 def run(trial: Trial, seed: int) -> dict[str, Any]:
     """Train twice; returns what is written to the trial's file."""
     own = _fit(trial.fit, [], seed)
-    callback = NaturalGradient(show_coverage=False)
+    callback = NaturalGradient(show_coverage=False, **trial.options)
     natural = _fit(trial.fit, [callback], seed)
     result: dict[str, Any] = {
         "trial": trial.name,
         "task": trial.task,
         "library": f"{trial.library} {version(trial.library)}",
+        "python": platform.python_version(),  # whose help texts are the words of the demos
         "torch": torch.__version__,
         "lightning": version("lightning"),
         "seed": seed,
+        "options": trial.options,
     }
     natural.warnings = [text for text in natural.warnings if text not in own.warnings]
     own.warnings = []
-    if not trial.refused and natural.losses:
+    if natural.losses:
         coverage = callback.coverage()
         result["totals"] = coverage.totals()
         result["sources"] = coverage.sources()
@@ -183,7 +187,7 @@ def main(trials: Sequence[Trial]) -> None:
         result = run(trial, arguments.seed)
         (RESULTS / f"{trial.name}.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"{trial.name} ({result['library']}): {verdict(result)}", flush=True)
-        if not trial.refused and "totals" in result:
+        if "totals" in result:
             print(f"  {result['totals']}\n  {result['sources']}")
             for name, reason in result["without_block"].items():
                 print(f"  no block: {name}: {reason}")

@@ -48,6 +48,10 @@ class GradientMomentum:
         """Forget what was proposed."""
         self._proposed = {}
 
+    def forget(self) -> None:
+        """Start anew."""
+        self._average = {}
+
     def state_dict(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """M of each parameter, None where there is none yet."""
         return [self._average.get(id(p)) for p in parameters]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.blocks import BlockDamping, ExactBlock
+from ngplugin.curvature.blocks.block import GradientBlock
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
@@ -34,6 +35,7 @@ from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver, Subsp
 from ngplugin.step_group import StepGroup, make_dense
 from ngplugin.step_length import Applied, Model, StepLength, model_of
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
+from ngplugin.unmeasured_step import UnmeasuredStep
 from ngplugin.usable_parameters import check_usable
 
 _FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
@@ -76,6 +78,7 @@ class NaturalGradientStep:
         if options.kl_radius is not None:
             self._bound = TrustRegion(options.kl_radius, options.measure_every, _FIRST_STEPS)
         self._length = StepLength(self._bound)
+        self._unmeasured = UnmeasuredStep()
         self._check = ObjectiveCheck()
         self._worth: NatWorth
         if options.noise_variance == "running":
@@ -216,6 +219,7 @@ class NaturalGradientStep:
             damping = damping_at(self._damping, self.steps)
             rule = self._rule(damping)
             finite = _gradients_are_finite(groups)
+            self._settle_last_step(finite)
             weight = self._weigh(observations) if finite else None
             dropped, failed = self._update_curvature(groups, observations, rule, weight)
             schedule = max((group.schedule for group in groups), default=1.0)
@@ -267,6 +271,19 @@ class NaturalGradientStep:
             statistics, record = self._due()
             sink = self.fisher if statistics else None
             self._observations.append(self._observer.restart(sink, record))
+
+    def _settle_last_step(self, finite: bool) -> None:
+        """Trust the last step, or take it back, now that there are gradients behind it."""
+        if finite:
+            self._unmeasured.trust()
+        elif self._unmeasured.taken_back():
+            self._momentum.forget()
+            self._bound.calibrate(self.steps, math.nan, math.nan)
+
+    def _may_lead_nowhere(self) -> bool:
+        """Whether a parameter enters no known map; it may be the argument of any function."""
+        bounded = self.options.kl_radius is not None
+        return bounded and any(isinstance(block, GradientBlock) for block in self.fisher.blocks)
 
     def _weigh(self, observations: Sequence[Observation]) -> ObjectiveWeight | None:
         """What the observed objective weighs, None if nothing; the bound learns of it."""
@@ -385,6 +402,8 @@ class NaturalGradientStep:
             elif self.options.step_size == "line-search":
                 applied = self._length.searched(moves, model, self.steps, schedule, taped)
             else:
+                if not taped and self._may_lead_nowhere():
+                    self._unmeasured.keep([m.parameter for m in moves])
                 applied = self._length.shrunk(moves, model, self.steps, schedule, taped)
             if steering is not None:
                 failed = applied.rejected and retries
@@ -491,6 +510,7 @@ class NaturalGradientStep:
         if all(i is None for i in places.of):
             return places  # another model: its first steps are first steps
         self.steps = int(state["steps"])
+        self._unmeasured.trust()
         self._momentum.load_state_dict(places.rearranged(state["momentum"]), parameters)
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(places.renumbered(state["fisher"]))
