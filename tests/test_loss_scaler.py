@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ngplugin import NaturalGradient, NaturalGradientOptimizer
-from ngplugin.curvature.observe import Observer
 from tests.oracle import flat
 
 supports = pytest.mark.supports
@@ -83,8 +82,7 @@ def test_skipped_steps_are_as_if_their_batches_had_not_been() -> None:
     assert torch.equal(scaled, plain)
 
 
-def test_a_scaler_that_is_not_told_of_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Observer, "_warned_of_scaler", False)
+def test_a_scaler_that_is_not_told_of_is_asked_for() -> None:
     model, (x, y) = network(), batch(0)
     optimizer = NaturalGradientOptimizer(model.parameters())
     with optimizer.observe(), torch.autocast("cpu", torch.float16):

@@ -23,8 +23,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from ngplugin import NaturalGradient
+from ngplugin import NaturalGradient, NaturalGradientOptimizer, StepReport
 from tests.oracle import flat
+from tests.small_fits import quiet
 
 supports = pytest.mark.supports
 averages_weights = pytest.mark.skipif(
@@ -73,19 +74,8 @@ def fit(
 ) -> tuple[Module, NaturalGradient, L.Trainer]:
     module = module or Module()
     natural = natural or NaturalGradient(show_coverage=False)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": 4,
-    }
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        callbacks=[natural, *others],
-        **{**quiet, **settings},
-    )
+    settings = {"default_root_dir": folder, "max_epochs": 4, **settings}
+    trainer = quiet(natural, *others, **settings)
     trainer.fit(module, ckpt_path=checkpoint)
     return module, natural, trainer
 
@@ -200,3 +190,20 @@ def test_a_second_fit_starts_anew_and_leaves_nothing_behind(tmp_path: Path) -> N
     assert trainer.optimizers[0].listeners == []
     alone, _, _ = fit(tmp_path)
     assert torch.equal(flat([*module.parameters()]), flat([*alone.parameters()]))
+
+
+def test_a_fit_leaves_the_listeners_of_the_user_alone(tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    class Own(Module):
+        def configure_optimizers(self) -> Any:
+            optimizer = NaturalGradientOptimizer(self.parameters())
+            optimizer.listeners.append(self.note)
+            return optimizer
+
+        def note(self, report: StepReport) -> None:
+            steps.append(report.step)
+
+    module, _, trainer = fit(tmp_path, module=Own(), max_epochs=1)
+    assert steps == list(range(32))
+    assert trainer.optimizers[0].listeners == [module.note]

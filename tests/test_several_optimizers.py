@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ngplugin import NaturalGradient, NaturalGradientOptimizer
 from ngplugin.natural_step import NaturalGradientStep
 from tests.oracle import flat
+from tests.small_fits import quiet
 
 supports = pytest.mark.supports
 BATCHES, EPOCHS = 8, 3
@@ -41,21 +42,37 @@ def fit(
     **settings: Any,
 ) -> tuple[NaturalGradient, L.Trainer]:
     natural = natural or NaturalGradient(show_coverage=False)
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "max_epochs": EPOCHS,
-    }
-    trainer = L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        callbacks=[natural, *callbacks],
-        **{**quiet, **settings},
-    )
+    settings = {"default_root_dir": tmp_path, "max_epochs": EPOCHS, **settings}
+    trainer = quiet(natural, *callbacks, **settings)
     trainer.fit(module, data())
     return natural, trainer
+
+
+def assert_resuming_is_bit_exact(
+    tmp_path: Path, make: Callable[[], L.LightningModule], *callbacks: Callable[[], L.Callback]
+) -> None:
+    """From the end of any epoch, with every module and callback made anew."""
+
+    def run(epochs: int, checkpoint: str | None = None) -> tuple[Tensor, str]:
+        module, natural = make(), NaturalGradient(show_coverage=False)
+        saver = ModelCheckpoint(tmp_path / str(epochs), save_last=True)
+        others = [callback() for callback in callbacks]
+        trainer = quiet(
+            natural,
+            *others,
+            saver,
+            default_root_dir=tmp_path,
+            max_epochs=epochs,
+            enable_checkpointing=True,
+        )
+        trainer.fit(module, data(), ckpt_path=checkpoint)
+        return flat([*module.parameters()]), saver.last_model_path
+
+    whole, _ = run(4)
+    for epochs in (1, 2, 3):
+        _, part = run(epochs)
+        resumed, _ = run(4, part)
+        assert torch.equal(resumed, whole), epochs
 
 
 def accuracy(module: Any) -> float:
@@ -243,16 +260,7 @@ def test_the_manual_demo_of_lightning_learns(tmp_path: Path) -> None:
     x = torch.cat([*module.train_dataloader()])
     before = float(module.step(x))
     natural = NaturalGradient(show_coverage=False)
-    L.Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        callbacks=[natural],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        max_epochs=2,
-    ).fit(module)
+    quiet(natural, default_root_dir=tmp_path, max_epochs=2).fit(module)
     assert float(module.step(x)) < 0.5 * before
     assert natural.summary()["steps"] == 2 * 64
 
@@ -395,26 +403,7 @@ def test_a_group_that_joins_in_the_middle_gets_blocks(tmp_path: Path) -> None:
 
 @supports("Checkpoints", "resuming after a group was added")
 def test_resuming_after_a_group_has_joined_is_bit_exact(tmp_path: Path) -> None:
-    def run(epochs: int, checkpoint: str | None = None) -> tuple[Tensor, str]:
-        module = Thawed()
-        saver = ModelCheckpoint(tmp_path / str(epochs), save_last=True)
-        natural = NaturalGradient(show_coverage=False)
-        trainer = L.Trainer(
-            default_root_dir=tmp_path,
-            accelerator="cpu",
-            callbacks=[natural, Thawing(), saver],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_epochs=epochs,
-        )
-        trainer.fit(module, data(), ckpt_path=checkpoint)
-        return flat([*module.parameters()]), saver.last_model_path
-
-    whole, _ = run(4)
-    _, half = run(2)
-    resumed, _ = run(4, half)
-    assert torch.equal(resumed, whole)
+    assert_resuming_is_bit_exact(tmp_path, Thawed, Thawing)
 
 
 def built_before() -> Any:
@@ -515,25 +504,4 @@ def test_rates_are_logged_under_the_names_of_the_wrapped_optimizers(tmp_path: Pa
 @supports("Checkpoints", "resuming with several optimizers, with several steps a batch")
 @pytest.mark.parametrize("kind", [Adversaries, lambda: Repeating(2)], ids=["two", "two steps"])
 def test_resuming_manual_optimization_is_bit_exact(tmp_path: Path, kind: Any) -> None:
-    def run(epochs: int, checkpoint: str | None = None) -> tuple[Tensor, str]:
-        L.seed_everything(0, verbose=False)
-        module = kind()
-        saver = ModelCheckpoint(tmp_path / str(epochs), save_last=True)
-
-        trainer = L.Trainer(
-            default_root_dir=tmp_path,
-            accelerator="cpu",
-            callbacks=[NaturalGradient(show_coverage=False), saver],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            max_epochs=epochs,
-        )
-        trainer.fit(module, data(), ckpt_path=checkpoint)
-        return flat([*module.parameters()]), saver.last_model_path
-
-    whole, _ = run(4)
-    for epochs in (1, 2, 3):
-        _, part = run(epochs)
-        resumed, _ = run(4, part)
-        assert torch.equal(resumed, whole), epochs
+    assert_resuming_is_bit_exact(tmp_path, kind)

@@ -306,9 +306,13 @@ class Fisher:
         mine: Sequence[Block] = ready
         if several_ranks():
             mine = sharing.own([block for block in ready if isinstance(block, AveragedBlock)])
-        device = ready[0].parameters[0].device
-        # Of no block: the widest range that another process's can only narrow to its own.
-        none = torch.tensor([math.inf, -math.inf, math.inf, -math.inf], device=device)
+        like = ready[0].parameters[0]
+        # Of no block, as a process may have: a range that any other block's is wider than.
+        none = torch.tensor(
+            [math.inf, -math.inf, math.inf, -math.inf],
+            dtype=curvature_dtype(like),
+            device=like.device,
+        )
         found = [none, *(torch.stack(block.extreme_eigenvalues()).to(none) for block in mine)]
         low, high, damped_low, damped_high = torch.stack(found).unbind(1)
         # Each as one that has to be large.

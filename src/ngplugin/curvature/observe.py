@@ -76,6 +76,13 @@ _OVERWRITTEN = (
     "after backward()."
 )
 
+_NO_SCALER = (
+    "ngplugin: what `{0}` scored is in float16, and no loss scaler is known. If a "
+    "torch.amp.GradScaler multiplies the loss before backward(), tell it: "
+    "`with optimizer.observe(scaler=scaler):`. Otherwise steps are too short by its factor. "
+    "(Lightning's callback does so by itself.)"
+)
+
 _NO_WAY_BACK = (
     "ngplugin: the derivative of `{0}` cannot be had by torch.autograd.grad, so parameters get the "
     "empirical Fisher of their gradients, as a diagonal. Usual cause: a custom autograd.Function "
@@ -104,8 +111,6 @@ class Observer(TorchFunctionMode):
         scaler: what multiplies the objective before its backward pass, if anything does, and
             divides the gradients afterwards.
     """
-
-    _warned_of_scaler = False
 
     def __init__(
         self,
@@ -332,7 +337,7 @@ class Observer(TorchFunctionMode):
         self, observation: Observation, loss: ScoredCall, mark: Mark, gradient: Tensor
     ) -> None:
         if self._scaler is None and any(p.dtype == torch.float16 for p in loss.predictions):
-            self._warn_of_scaler()
+            warnings.warn(_NO_SCALER.format(loss.name), stacklevel=2)
         weights = loss.weights(gradient)
         likelihood = loss.likelihood()
         if self._backward is not None and weights.numel():  # a batch may be empty
@@ -344,17 +349,6 @@ class Observer(TorchFunctionMode):
                     raise
                 warnings.warn(_NO_WAY_BACK.format(loss.name, refusal), stacklevel=2)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
-
-    def _warn_of_scaler(self) -> None:
-        if not Observer._warned_of_scaler:
-            Observer._warned_of_scaler = True
-            warnings.warn(
-                "ngplugin: a prediction is in float16, and no loss scaler is known. If a "
-                "torch.amp.GradScaler multiplies the loss before backward(), tell it: "
-                "`with optimizer.observe(scaler=scaler):`. Otherwise steps are too short by its "
-                "factor. (Lightning's callback does so by itself.)",
-                stacklevel=2,
-            )
 
     def _own_loss(
         self, observation: Observation, place: Mark, seen: Tensor

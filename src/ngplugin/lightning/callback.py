@@ -164,6 +164,7 @@ class NaturalGradient(Callback):
         self._watching = ExitStack()
         self._rewritten = False  # whether the strategy keeps of optimizer states what it knows
         self._scaler: Any = None  # of the loss, under 16-bit precision
+        self._listeners: list[Callable[[StepReport], None]] = []  # ours, one an optimizer
         self._reports: list[tuple[int, StepReport]] = []  # of the present batch
         self._summaries: list[tracking.Summary] = [tracking.Summary()]
 
@@ -218,7 +219,8 @@ class NaturalGradient(Callback):
         self._summaries = [tracking.Summary() for _ in chosen]
         for i, optimizer in enumerate(self._ng_optimizers):
             tracking.declare(trainer.loggers, i)
-            optimizer.listeners.append(self._listener(i))
+            self._listeners.append(self._listener(i))
+            optimizer.listeners.append(self._listeners[i])
             optimizer.parameter_names.update(self._names)
 
     def on_train_batch_start(
@@ -266,8 +268,9 @@ class NaturalGradient(Callback):
         self._watching.close()
         if trainer.current_epoch > 0 or pl_module.automatic_optimization:
             return
-        idle = [i for i, s in enumerate(self._summaries) if s.numbers()["steps"] == 0]
-        if idle and len(self._summaries) == len(self._ng_optimizers):
+        made = [summary.numbers()["steps"] for summary in self._summaries]
+        idle = [i for i in range(len(self._ng_optimizers)) if made[i] == 0]
+        if idle:
             warnings.warn(
                 f"NaturalGradient: optimizer {self._chosen_places[idle[0]]} made no step in the "
                 "first epoch. Usual cause: training_step uses a reference to the optimizer that "
@@ -309,7 +312,9 @@ class NaturalGradient(Callback):
         self._reports.clear()
         for optimizer in self._ng_optimizers:
             optimizer.forget_observations()
-            optimizer.listeners.clear()
+        for optimizer, ours in zip(self._ng_optimizers, self._listeners, strict=False):
+            optimizer.listeners[:] = [f for f in optimizer.listeners if f is not ours]
+        self._listeners.clear()
 
     def _chosen(self, given: Sequence[Any]) -> list[int]:
         """The places of the optimizers that are to be natural."""
