@@ -63,6 +63,7 @@ FLOORS = [
     },
     {"geodesic_acceleration", "solver"},
     {"options", "step_length"},
+    {"step_watch"},
     {"coverage", "natural_step"},
     {"optimizer"},
     {"tracking"},

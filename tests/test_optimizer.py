@@ -434,12 +434,12 @@ def test_forgotten_observations_leave_no_trace():
     b = NaturalGradientOptimizer(other.parameters(), structure="diagonal", fisher="propagated")
     train(one, a, 2)
     train(other, b, 2)
-    state = a._engine._generator.get_state()
+    state = a._engine.watch.generator_state()
     with a.observe():
         loss = F.cross_entropy(one(3 * X), Y)
     loss.backward()
     a.forget_observations()
-    a._engine._generator.set_state(state)
+    a._engine.watch._generator.set_state(state)
     assert train(one, a, 3) == train(other, b, 3)
 
 

@@ -211,7 +211,7 @@ def train(scenario: Scenario, model: nn.Module, share: slice) -> dict[str, Any]:
     return {
         "weights": flat(parameters),
         "reports": reports,
-        "seed": optimizer._engine._random(parameters[0].device).initial_seed(),
+        "seed": optimizer._engine.watch.generator(parameters[0].device).initial_seed(),
         "blocks": sorted(f"{b.kind} {len(b.parameters)}" for b in fisher.blocks),
     }
 

@@ -207,10 +207,10 @@ def test_what_one_optimizer_computes_for_its_step_is_not_seen_by_another_s_obser
     with one.observe(), other.observe():
         loss = module.judged(module.generator(torch.randn(8, 4)), 1.0)
         loss.backward()
-        seen = len(other._engine._observer.observation.tape.calls)
+        seen = len(other._engine.watch.observer.observation.tape.calls)
         one.step()
         assert one.report.kl > 0
-        assert len(other._engine._observer.observation.tape.calls) == seen
+        assert len(other._engine.watch.observer.observation.tape.calls) == seen
 
 
 def test_what_another_optimizer_s_parameters_made_before_they_changed_stays_as_it_was(
@@ -337,7 +337,7 @@ def test_an_optimizer_that_steps_seldom_does_not_learn_from_batches_it_let_pass(
     assert natural.summary(1)["steps"] == EPOCHS * BATCHES
     # The generator's loss puts gradients into the discriminator, which zeroes them first.
     assert trainer.strategy.optimizers[1]._engine._weight.total == pytest.approx(2.0)
-    assert trainer.strategy.optimizers[0]._engine._observations == []
+    assert trainer.strategy.optimizers[0]._engine.watch.observations == []
 
 
 def test_a_raw_reference_that_bypasses_the_natural_optimizer_is_told(tmp_path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +17,7 @@ from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
-from ngplugin.curvature.observe import LossScaler, Observer
 from ngplugin.curvature.parameter_vector import dot, total
-from ngplugin.curvature.ranks import rank
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
@@ -34,9 +30,9 @@ from ngplugin.saved_places import Places
 from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver, SubspaceSolver
 from ngplugin.step_group import StepGroup, make_dense
 from ngplugin.step_length import Applied, Model, StepLength, model_of
+from ngplugin.step_watch import Needs, StepWatch
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 from ngplugin.unmeasured_step import UnmeasuredStep
-from ngplugin.usable_parameters import check_usable
 
 _FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
 _MOST_TRIALS = 8  # of one step, with more and more damping
@@ -55,6 +51,7 @@ class NaturalGradientStep:
         report: of the last one.
         losses: names of those that were scored so far.
         listeners: are given the report of each step.
+        watch: what is observed of the step that is being made up.
     """
 
     def __init__(self, options: Options) -> None:
@@ -86,84 +83,23 @@ class NaturalGradientStep:
         else:
             self._worth = BatchNatWorth(options.noise_variance)
         self._momentum = GradientMomentum(options.nesterov)
-        self._generator: torch.Generator | None = None
         self._weight = ObjectiveWeight(1.0, 1.0, 1.0, 0.0)  # of the last observed step
         self._refreshed_damping = math.nan  # λ of the blocks as they are
         self._condition: Condition | None = None
         self._condition_step = -1
         self._statistics_step = -1  # the last that gave statistics
-        self._observer: Observer | None = None  # while a training step is being watched
-        self._observations: list[Observation] = []  # of the step that is being made up
+        self.watch = StepWatch(options, self.fisher, self._needs)
         self._last_time = time.perf_counter()
 
     # -- observing -----------------------------------------------------------------------------
 
-    def observe(
-        self, parameters: Sequence[Tensor], scaler: LossScaler | None = None
-    ) -> AbstractContextManager[Any]:
-        """A context for a forward pass; does nothing where nothing is needed from it."""
-        statistics, record = self._due()
-        if self._observer or not parameters or not (statistics or record):
-            return contextlib.nullcontext()
-        return self._watch(parameters, scaler)
-
-    def _due(self) -> tuple[bool, bool]:
-        """Whether this step is to give statistics of F, and whether it is to be recorded."""
+    def _needs(self) -> Needs:
         options = self.options
         if options.structure == "identity" and options.kl_radius is None:
-            return False, False
+            return Needs(statistics=False, record=False)
         record = self._solver.needs_tape or self._bound.measurement_due(self.steps)
         record = record or self._steers_damping() is not None
-        return self._statistics_due(), record or options.step_size == "line-search"
-
-    @contextlib.contextmanager
-    def _watch(self, parameters: Sequence[Tensor], scaler: LossScaler | None) -> Iterator[None]:
-        check_usable(parameters)
-        self.fisher.parameters = [*parameters]
-        statistics, record = self._due()
-        observer = Observer(
-            parameters,
-            self.fisher if statistics else None,
-            record,
-            self.options.fisher,
-            self.options.draws,
-            self._random(parameters[0].device),
-            scaler,
-        )
-        first = observer.observation
-        self._observer = observer
-        self._observations.append(first)
-        try:
-            with observer:
-                yield
-        finally:
-            self._observer = None
-            last = observer.observation
-            if last is not first and not last.tape.calls:
-                self._observations.remove(last)  # nothing came after the last step
-
-    def zeroed(self) -> None:
-        """Drop what was learnt along with gradients that were now zeroed, and no step used.
-
-        A forward pass that was observed but not yet differentiated still counts, since gradients
-        are usually zeroed between the two.
-        """
-        if not self._observations:
-            return
-        for observation in self._observations[:-1]:  # the last may be that of an open region
-            if observation.spent:
-                observation.release()
-                self._observations.remove(observation)
-        for observation in self._observations:
-            observation.forget_scores()
-        self.fisher.discard()
-
-    def forget(self) -> None:
-        """Drop what was observed of a step that will not be made."""
-        for observation in self._observations:
-            observation.release()
-        self._observations.clear()
-        self.fisher.discard()
+        return Needs(self._statistics_due(), record or options.step_size == "line-search")
 
     def _statistics_due(self) -> bool:
         """On each of the first steps, and once in every so many; not all may be seen."""
@@ -186,13 +122,6 @@ class NaturalGradientStep:
         exact = chosen is not None and chosen.refused is None
         return steering if exact or steering is self._damping else None
 
-    def _random(self, device: torch.device) -> torch.Generator:
-        if self._generator is None:
-            # Each of several processes draws for itself.
-            seed = self.options.seed + rank()
-            self._generator = torch.Generator(device).manual_seed(seed)
-        return self._generator
-
     # -- stepping ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -208,14 +137,14 @@ class NaturalGradientStep:
             StepOrderError: no observed loss has ever reached a parameter.
         """
         started = time.perf_counter()
-        observations, self._observations = self._observations, []
+        observations = self.watch.taken()
         idle = not observations and all(group.lr == 0 for group in groups)
         if idle or all(p.grad is None for group in groups for p in group.parameters):
             self.fisher.discard()
-            self._watch_on()
+            self.watch.go_on()
             return
         make_dense(groups)
-        with self._observer.paused() if self._observer else contextlib.nullcontext():
+        with self.watch.paused():
             damping = damping_at(self._damping, self.steps)
             rule = self._rule(damping)
             finite = _gradients_are_finite(groups)
@@ -263,14 +192,7 @@ class NaturalGradientStep:
         for listener in self.listeners:
             listener(self.report)
         self._check.see(self.report.reduction_ratio)
-        self._watch_on()
-
-    def _watch_on(self) -> None:
-        """Begin anew after a step in the middle of a watched region."""
-        if self._observer:
-            statistics, record = self._due()
-            sink = self.fisher if statistics else None
-            self._observations.append(self._observer.restart(sink, record))
+        self.watch.go_on()
 
     def _settle_last_step(self, finite: bool) -> None:
         """Trust the last step, or take it back, now that there are gradients behind it."""
@@ -490,7 +412,7 @@ class NaturalGradientStep:
             "exact": None if self.fisher.exact is None else self.fisher.exact.state_dict(),
             "damping": (steering := self._steering()) and steering.state_dict(),
             "refreshed_damping": self._refreshed_damping,
-            "generator": None if self._generator is None else self._generator.get_state(),
+            "generator": self.watch.generator_state(),
             "weight": (weight.total, weight.nats, weight.squares, weight.nll),
             "nat_worth": self._worth.state_dict(),
             "condition": condition and (condition.undamped, condition.damped),
@@ -524,11 +446,7 @@ class NaturalGradientStep:
         if steering is not None and state.get("damping") is not None:
             steering.load_state_dict(state["damping"])
         self._refreshed_damping = float(state.get("refreshed_damping", math.nan))
-        if state["generator"] is not None:
-            generator = self._random(parameters[0].device)
-            generator.set_state(state["generator"].cpu())
-            if rank() > 0:  # the state is the first process's, and each draws for itself
-                generator.manual_seed(generator.initial_seed() + rank() + self.steps)
+        self.watch.load_generator_state(state["generator"], parameters[0].device, self.steps)
         self._weight = ObjectiveWeight(*state["weight"])
         self._worth.load_state_dict(state.get("nat_worth", {}))
         self._condition = state["condition"] and Condition(*state["condition"])

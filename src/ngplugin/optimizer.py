@@ -245,7 +245,7 @@ class NaturalGradientOptimizer(Optimizer):
             scaler: a `torch.amp.GradScaler` that multiplies the loss before the backward pass.
         """
         trainable = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
-        return self._engine.observe(trainable, scaler)
+        return self._engine.watch.observe(trainable, scaler)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zero the gradients, and forget what was learnt along with them if no step used it.
@@ -254,11 +254,11 @@ class NaturalGradientOptimizer(Optimizer):
             set_to_none: see `torch.optim.Optimizer.zero_grad`.
         """
         super().zero_grad(set_to_none)
-        self._engine.zeroed()
+        self._engine.watch.zeroed()
 
     def forget_observations(self) -> None:
         """Drop what was observed since the last step, which will not be made."""
-        self._engine.forget()
+        self._engine.watch.forget()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step.
