@@ -68,8 +68,13 @@ def accelerated(
         return [*moves]
     added = {id(m.parameter): part for m, part in zip(own, a, strict=True)}
     return [
-        replace(m, direction=m.direction - added[id(m.parameter)] / (m.lr * scale))
+        _along(m, m.direction - added[id(m.parameter)] / (m.lr * scale))
         if id(m.parameter) in added
         else m
         for m in moves
     ]
+
+
+def _along(m: Move, direction: Tensor) -> Move:
+    """A move by a direction that has its decay's part."""
+    return replace(m, vector=direction, share=1.0, decay=0.0)

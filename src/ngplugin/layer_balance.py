@@ -14,10 +14,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
-
 from ngplugin.curvature.blocks import Block
-from ngplugin.curvature.parameter_vector import Parts, dot, total
 
 #: See `balance`.
 LayerBalance = Literal["balanced", "natural", "orthogonal", "equal"]
@@ -25,8 +22,10 @@ LayerBalance = Literal["balanced", "natural", "orthogonal", "equal"]
 _VECTOR = 0.1  # mean square of a vector's elements, where a matrix is semi-orthogonal
 
 
-def balance(blocks: Sequence[Block], natural: Parts, curved: Parts, how: LayerBalance) -> None:
-    """Rescale the natural gradient block by block, in place, keeping its predicted KL as a whole.
+def balance(
+    lengths: Sequence[float], squares: Sequence[float], q: Sequence[float], how: LayerBalance
+) -> list[float]:
+    """What each block's natural gradient is to be multiplied by; the predicted KL stays as a whole.
 
     With d the natural gradient of a block, q = dᵀFd, and r = √min(rows, columns) for a matrix and
     √(size/10) for a vector:
@@ -39,42 +38,39 @@ def balance(blocks: Sequence[Block], natural: Parts, curved: Parts, how: LayerBa
     times one common factor, so that Σ q stays.
 
     Args:
-        blocks: those of F.
-        natural: d, by the id of each parameter.
-        curved: Fd.
+        lengths: r of each block, see `semi_orthogonal_length`.
+        squares: ‖d‖².
+        q: dᵀFd.
         how: see above.
 
     Source: the size of a semi-orthogonal step is that of Muon (Jordan et al. 2024); that weighing
-    it against the natural scale pays was measured here, see `experiments/results/`.
+    it against the natural scale pays was measured here, see `experiments/race/`.
     """
-    parts = [[id(p) for p in block.parameters if id(p) in natural] for block in blocks]
-    chosen = [(block, ids) for block, ids in zip(blocks, parts, strict=True) if ids]
-    if how == "natural" or len(chosen) < 2:
-        return
-    # [blocks] each, and all on the device: nothing waits for the host.
-    q = torch.stack([total(dot(natural[i], curved[i]) for i in ids) for _, ids in chosen])
+    if how == "natural" or len(lengths) < 2:
+        return [1.0] * len(lengths)
     if how == "equal":
-        sizes = q.clamp_min(0).rsqrt()
+        sizes = [_power(x, -0.5) for x in q]
     else:
-        squares = torch.stack(
-            [total(dot(natural[i], natural[i]) for i in ids) for _, ids in chosen]
-        )
-        lengths = squares.new_tensor([_length(block) for block, _ in chosen])
-        sizes = (lengths / squares.sqrt()) ** (1.0 if how == "orthogonal" else 0.5)
+        power = 1.0 if how == "orthogonal" else 0.5
+        sizes = [
+            _power(r * _power(x, -0.5), power) for r, x in zip(lengths, squares, strict=True)
+        ]
     # A block that does not move, or whose numbers overflow, stays as it is beside the others.
-    sizes = torch.where(sizes.isfinite() & (sizes > 0), sizes, 0.0)
-    common = (q.sum() / (sizes.square() * q).sum()).sqrt()
-    factors = torch.where(sizes > 0, sizes * common, 1.0)
-    factors = torch.where(factors.isfinite(), factors, 1.0)
-    for factor, (_, ids) in zip(factors.unbind(), chosen, strict=True):
-        for i in ids:
-            natural[i].mul_(factor)
-            curved[i].mul_(factor)
+    moved = [i for i, x in enumerate(q) if sizes[i] > 0 and math.isfinite(x)]
+    before, after = sum(q[i] for i in moved), sum(sizes[i] ** 2 * q[i] for i in moved)
+    common = math.sqrt(before / after) if before > 0 and 0 < after < math.inf else 0.0
+    shares = [size * common for size in sizes]
+    return [share if 0 < share < math.inf else 1.0 for share in shares]
 
 
-def _length(block: Block) -> float:
-    """That of a semi-orthogonal step."""
+def semi_orthogonal_length(block: Block) -> float:
+    """√min(rows, columns) for a matrix, √(size/10) for a vector."""
     p = block.parameters[0]
     if p.dim() < 2:
         return math.sqrt(_VECTOR * sum(t.numel() for t in block.parameters))
     return math.sqrt(min(len(p), p.numel() // max(1, len(p))))
+
+
+def _power(x: float, power: float) -> float:
+    """X to a power; zero where x is no positive number."""
+    return float(x**power) if 0 < x < math.inf else 0.0

@@ -10,21 +10,35 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Move:
-    """One parameter's part of a step: θ ← θ - s · lr · direction."""
+    """One parameter's part of a step: θ ← θ - s · (lr · share · vector + decay · θ).
+
+    Attributes:
+        parameter: θ.
+        vector: its part of the natural gradient, in whatever units.
+        share: what makes it as long as it is to be, beside those of other blocks.
+        lr: the step's upper limit.
+        decay: the share of θ that a full step takes away.
+    """
 
     parameter: Tensor
-    gradient: Tensor
-    natural_gradient: Tensor
-    curved: Tensor | None  # F/Σw times the natural gradient, where that came with it
-    direction: Tensor  # the natural gradient, and the weight decay's part
+    vector: Tensor
+    share: float
     lr: float
     decay: float
+
+    @property
+    def direction(self) -> Tensor:
+        """Δ/-lr, a new tensor; θ being where it was when the step was proposed."""
+        d = self.vector * self.share
+        return d.add_(self.parameter, alpha=self.decay / self.lr) if self.decay else d
 
 
 def move(moves: Sequence[Move], scale: float) -> None:
     """Make `scale` of a step."""
     for m in moves:
-        m.parameter.add_(m.direction, alpha=-m.lr * scale)
+        if m.decay:
+            m.parameter.mul_(1 - scale * m.decay)
+        m.parameter.add_(m.vector, alpha=-m.lr * scale * m.share)
 
 
 def restore(moves: Sequence[Move], before: Sequence[Tensor]) -> None:

@@ -19,6 +19,7 @@ from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
+from ngplugin.direction import Direction
 from ngplugin.errors import OptionError, StepOrderError
 from ngplugin.momentum import GradientMomentum
 from ngplugin.move import Move
@@ -27,14 +28,16 @@ from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
 from ngplugin.report import StepReport
 from ngplugin.saved_places import Places
-from ngplugin.solver import BlockSolver, MatrixFreeSolver, Metric, Solver, SubspaceSolver
+from ngplugin.proposal import Model, Proposals
+from ngplugin.solver import BatchMetric, BlockSolver, MatrixFreeSolver, Solver, SubspaceSolver
 from ngplugin.step_group import StepGroup, make_dense
-from ngplugin.step_length import Applied, Model, StepLength, model_of
+from ngplugin.step_length import Applied, StepLength
 from ngplugin.step_watch import Needs, StepWatch
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 from ngplugin.unmeasured_step import UnmeasuredStep
 
 _FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
+_CURVED_EVERY = 6  # the most steps between those for which F d is formed
 _MOST_TRIALS = 8  # of one step, with more and more damping
 _MOST_BAD_BATCHES = 10  # at the start, without any that gives a Fisher
 
@@ -64,11 +67,13 @@ class NaturalGradientStep:
         self.report: StepReport | None = None
         self.losses: list[str] = []
         self.listeners: list[Callable[[StepReport], None]] = []
-        self._solver: Solver = BlockSolver(options.layer_balance)
+        self._solver: Solver = BlockSolver()
         if options.structure == "matrix-free":
-            self._solver = MatrixFreeSolver(options.cg_iterations, options.layer_balance)
+            self._solver = MatrixFreeSolver(options.cg_iterations)
         elif options.step_size == "quadratic":
-            self._solver = SubspaceSolver(options.layer_balance)
+            self._solver = SubspaceSolver()
+        self._proposals = Proposals(options.layer_balance)
+        self._curved_step = -_CURVED_EVERY  # the last for which F d was formed
         self._damping = as_schedule(copy.deepcopy(options.damping))
         self._exact_damping = LevenbergMarquardt() if options.damping == "auto" else self._damping
         self._bound: StepBound = NoTrustRegion(options.measure_every)
@@ -279,7 +284,12 @@ class NaturalGradientStep:
     def _rule(self, damping: float) -> BlockDamping:
         options = self.options
         return BlockDamping(
-            damping, options.damping_mode, options.sampling_damping, products=options.products
+            damping,
+            options.damping_mode,
+            options.sampling_damping,
+            products=options.products,
+            max_dense=options.max_dense,
+            rank=options.rank,
         )
 
     def _fold_empirical(self, groups: Sequence[StepGroup], weight: ObjectiveWeight) -> None:
@@ -308,12 +318,10 @@ class NaturalGradientStep:
         for trial in range(_MOST_TRIALS if retries else 1):
             if block is not None:
                 block.momentum = max(g.momentum for g in groups) if retries and not trial else 0.0
-            moves = self._propose(groups, averaged, metric)
-            model = model_of(moves, metric, self._weight) if moves else Model()
+            moves, model = self._propose(groups, averaged, metric, bool(taped))
             if block is not None and block.momentum > 0 and model.gg == 0:
                 block.momentum = 0.0  # nothing to go on for
-                moves = self._propose(groups, averaged, metric)
-                model = model_of(moves, metric, self._weight) if moves else Model()
+                moves, model = self._propose(groups, averaged, metric, bool(taped))
             if not (moves and self.steps >= self.options.burn_in and model.finite()):
                 break
             # Without a gradient there is no fall to be had, however much damping there is.
@@ -343,49 +351,50 @@ class NaturalGradientStep:
 
     def _remember(self, block: ExactBlock | None, moves: Sequence[Move], scale: float) -> None:
         """Have what carries steps on know the one that was made."""
+        if block is None and not self._solver.remembers:
+            return
         directions = {id(m.parameter): m.direction * scale for m in moves}
         self._solver.remember(directions)
         if block is not None and all(id(p) in directions for p in block.parameters):
             block.remember([directions[id(p)] for p in block.parameters])
 
     def _averaged(self, groups: Sequence[StepGroup]) -> dict[int, Tensor]:
-        """What to precondition, by the id of each parameter: of the objective over Σw.
+        """What to precondition, by the id of each parameter, in units of the gradient.
 
-        The exact block's rows are of the objective itself, and so is what it is given.
+        The exact block's rows are of this batch alone, and so is what it is given.
         """
         block = self._exact_block()
-        total_weight = 1.0 if self.options.structure == "identity" else self._weight.total
+        exact = {id(p) for p in block.parameters} if block is not None else set()
         averaged = {}
         for group in groups:
-            for p in group.parameters:
-                if p.grad is None:
-                    continue
-                if block is not None and any(p is q for q in block.parameters):
-                    averaged[id(p)] = p.grad  # the batch's own, as the rows are
-                else:
-                    momentum = group.momentum if self._solver.averages else 0.0
-                    averaged[id(p)] = self._momentum.propose(p, momentum, total_weight)
+            own = [p for p in group.parameters if p.grad is not None]
+            averaged.update({id(p): p.grad for p in own if id(p) in exact and p.grad is not None})
+            others = [p for p in own if id(p) not in exact]
+            momentum = group.momentum if self._solver.averages else 0.0
+            vectors = self._momentum.propose(others, momentum, self._total_weight())
+            averaged.update(zip(map(id, others), vectors, strict=True))
         return averaged
 
+    def _total_weight(self) -> float:
+        """Σw of the step; plain gradient descent knows nothing of it."""
+        return 1.0 if self.options.structure == "identity" else self._weight.total
+
     def _propose(
-        self, groups: Sequence[StepGroup], averaged: dict[int, Tensor], metric: Metric
-    ) -> list[Move]:
-        """The step before its length is decided; empty if there is no gradient."""
-        natural, curved = averaged, dict[int, Tensor]()
-        if self.options.structure != "identity":
-            natural, curved = self._solver.direction(metric, averaged)
-            block = self._exact_block()
-            for p in () if block is None else block.parameters:
-                for vector in (found[id(p)] for found in (natural, curved) if id(p) in found):
-                    vector.div_(self._weight.total)
-        moves = []
-        for group in groups:
-            for p in group.parameters:
-                if id(p) in natural and p.grad is not None and group.lr > 0:
-                    d = natural[id(p)]
-                    u = d.add(p, alpha=group.decay / group.lr) if group.decay else d
-                    moves.append(Move(p, p.grad, d, curved.get(id(p)), u, group.lr, group.decay))
-        return moves
+        self,
+        groups: Sequence[StepGroup],
+        averaged: dict[int, Tensor],
+        metric: Fisher | BatchMetric,
+        measured: bool,
+    ) -> tuple[list[Move], Model]:
+        """The step before its length is decided, and its model; empty if there is no gradient."""
+        if self.options.structure == "identity":
+            direction = Direction(averaged)
+        else:
+            curved = measured or self.steps >= self._curved_step + _CURVED_EVERY
+            self._curved_step = self.steps if curved else self._curved_step
+            direction = self._solver.direction(metric, averaged, curved)
+        unit = 1 / self._total_weight()
+        return self._proposals.made(groups, direction, metric, self._weight, unit)
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -406,6 +415,7 @@ class NaturalGradientStep:
             "shapes": [tuple(p.shape) for p in parameters],
             "names": names,
             "momentum": self._momentum.state_dict(parameters),
+            "momentum_weight": self._momentum.weight,
             "fisher": self.fisher.state_dict(),
             "bound": self._bound.state_dict(),
             "solver": self._solver.state_dict(parameters),
@@ -418,6 +428,8 @@ class NaturalGradientStep:
             "condition": condition and (condition.undamped, condition.damped),
             "condition_step": self._condition_step,
             "statistics_step": self._statistics_step,
+            "curved_step": self._curved_step,
+            "beside": self._proposals.beside,
         }
 
     def load_state_dict(
@@ -433,7 +445,8 @@ class NaturalGradientStep:
             return places  # another model: its first steps are first steps
         self.steps = int(state["steps"])
         self._unmeasured.trust()
-        self._momentum.load_state_dict(places.rearranged(state["momentum"]), parameters)
+        momentum = places.rearranged(state["momentum"])
+        self._momentum.load_state_dict(momentum, state.get("momentum_weight", 1.0), parameters)
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(places.renumbered(state["fisher"]))
         if places.same:  # else the next step is measured, and calibrates anew
@@ -452,6 +465,8 @@ class NaturalGradientStep:
         self._condition = state["condition"] and Condition(*state["condition"])
         self._condition_step = int(state["condition_step"])
         self._statistics_step = int(state.get("statistics_step", self.steps - 1))
+        self._curved_step = int(state.get("curved_step", self.steps - _CURVED_EVERY))
+        self._proposals.beside = float(state.get("beside", 1.0))
         return places
 
 

@@ -17,7 +17,8 @@ from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.matrix_free import BatchFisher
 from ngplugin.curvature.observation import Observation
 from ngplugin.curvature.parameter_vector import Parts, dot, inner, total
-from ngplugin.layer_balance import LayerBalance, balance
+from ngplugin.direction import Direction, Piece
+from ngplugin.layer_balance import semi_orthogonal_length
 
 _TOLERANCE = 1e-3  # of the residual, see `conjugate_gradients`
 
@@ -25,45 +26,41 @@ _TOLERANCE = 1e-3  # of the residual, see `conjugate_gradients`
 class Metric(Protocol):
     """The Fisher matrix of one step; vectors by the id of each parameter."""
 
-    def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
-        """D = (F/Σw + damping)⁻¹ v, and F/Σw d, undamped."""
-
     def product(self, vectors: Parts) -> Parts:
         """F/Σw v, undamped."""
+
+
+class BatchMetric(Metric, Protocol):
+    """One that is of the step's own batch, and finds a direction by itself."""
+
+    def direction(self, vectors: Parts) -> Direction:
+        """D = (F/Σw + damping)⁻¹ v."""
 
 
 class Solver(ABC):
     """Chooses the metric of each step.
 
-    Args:
-        layer_balance: what `balance` is to do where the metric is the blocks'; where one block
-            holds all parameters there is nothing to weigh.
-
     Attributes:
         needs_tape: whether the forward pass of every step has to be recorded.
         averages: whether the gradient is to be averaged over steps first.
+        remembers: whether it wants to know what steps were made.
     """
 
     needs_tape: bool
     averages: bool
+    remembers = False
 
-    def __init__(self, layer_balance: LayerBalance = "natural") -> None:
-        self._layer_balance = layer_balance
+    def direction(self, metric: Fisher | BatchMetric, vectors: Parts, curved: bool) -> Direction:
+        """D of a step along `vectors`.
 
-    def direction(self, metric: Metric, vectors: Parts) -> tuple[Parts, Parts]:
-        """D and F/Σw d of a step along `vectors`, shared out among the blocks."""
-        return (
-            self.of_blocks(metric, vectors)
-            if isinstance(metric, Fisher)
-            else metric.precondition(vectors)
-        )
-
-    def of_blocks(self, fisher: Fisher, vectors: Parts) -> tuple[Parts, Parts]:
-        """The same by the blocks alone."""
-        natural, curved = fisher.precondition(vectors)
-        if fisher.exact_block is None:
-            balance(fisher.blocks, natural, curved, self._layer_balance)
-        return natural, curved
+        Args:
+            metric: what `metric` returned.
+            vectors: by the id of each parameter.
+            curved: whether F/Σw d is wanted, all of it.
+        """
+        if isinstance(metric, Fisher):
+            return of_blocks(metric, vectors, curved)
+        return metric.direction(vectors)
 
     def remember(self, directions: Parts) -> None:  # noqa: B027 (most have no use for it)
         """Learn what step was made, as a direction."""
@@ -75,7 +72,7 @@ class Solver(ABC):
         taped: Sequence[Observation],
         total_weight: float,
         damping: BlockDamping,
-    ) -> Metric:
+    ) -> Fisher | BatchMetric:
         """What the step is to be measured and preconditioned with.
 
         Args:
@@ -94,6 +91,18 @@ class Solver(ABC):
         """Take over a saved state, of a solver of any kind."""
 
 
+def of_blocks(fisher: Fisher, vectors: Parts, curved: bool = True) -> Direction:
+    """D by the blocks alone, a piece each."""
+    natural, products = fisher.precondition(vectors, curved)
+    found = fisher.curvature(vectors, natural, products)
+    pieces = [Piece(f.ids, f.value, semi_orthogonal_length(f.block)) for f in found]
+    return Direction(natural, products, pieces)
+
+
+def _in_one_piece(natural: Parts, products: Parts) -> Direction:
+    return Direction(natural, products, [Piece([*natural], inner(natural, products), 1.0)])
+
+
 class BlockSolver(Solver):
     """The running averages, block by block."""
 
@@ -106,7 +115,7 @@ class BlockSolver(Solver):
         taped: Sequence[Observation],
         total_weight: float,
         damping: BlockDamping,
-    ) -> Metric:
+    ) -> Fisher | BatchMetric:
         """The blocks themselves."""
         return fisher
 
@@ -129,7 +138,6 @@ class MatrixFreeSolver(Solver):
 
     Args:
         iterations: the most of them in a step.
-        layer_balance: for the blocks.
 
     Attributes:
         iterations: the same.
@@ -139,8 +147,7 @@ class MatrixFreeSolver(Solver):
     needs_tape = True
     averages = False
 
-    def __init__(self, iterations: int, layer_balance: LayerBalance = "natural") -> None:
-        super().__init__(layer_balance)
+    def __init__(self, iterations: int) -> None:
         self.iterations = iterations
         self.last: Parts = {}  # the direction of the last step
         self._impossible = False
@@ -152,7 +159,7 @@ class MatrixFreeSolver(Solver):
         taped: Sequence[Observation],
         total_weight: float,
         damping: BlockDamping,
-    ) -> Metric:
+    ) -> Fisher | BatchMetric:
         """The batch's F/Σw with the blocks' damping."""
         if self._impossible:
             return fisher
@@ -207,18 +214,15 @@ class SubspaceSolver(Solver):
 
     Source: Martens & Grosse 2015 (arXiv:1503.05671) §6.4, §7.
 
-    Args:
-        layer_balance: for the blocks.
-
     Attributes:
         last: p.
     """
 
     needs_tape = True
     averages = False
+    remembers = True
 
-    def __init__(self, layer_balance: LayerBalance = "natural") -> None:
-        super().__init__(layer_balance)
+    def __init__(self) -> None:
         self.last: Parts = {}
 
     def metric(
@@ -227,7 +231,7 @@ class SubspaceSolver(Solver):
         taped: Sequence[Observation],
         total_weight: float,
         damping: BlockDamping,
-    ) -> Metric:
+    ) -> Fisher | BatchMetric:
         """The batch's own F where it can be had."""
         if not taped or any(o.tape.hidden_derivative for o in taped):
             return fisher
@@ -266,8 +270,8 @@ class _Subspace:
         self._damping = fisher.isotropic_damping(damping)
         self._batch = BatchFisher(taped, fisher.parameters, total_weight)
 
-    def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
-        """The minimiser and its product, in the scale of `Fisher.precondition`."""
+    def direction(self, vectors: Parts) -> Direction:
+        """The minimiser, in one piece."""
         d, last = self._fisher.precondition(vectors)[0], self._solver.last
         last = {key: last[key] for key in d if key in last}
         basis = [d, last] if last.keys() == d.keys() else [d]
@@ -276,7 +280,7 @@ class _Subspace:
         except RuntimeError as error:
             if "not implemented" not in str(error):  # of a second derivative
                 raise
-            return self._solver.of_blocks(self._fisher, vectors)
+            return of_blocks(self._fisher, vectors)
         M = [
             inner(u, Fv) + self._damped(u, v)
             for u in basis
@@ -287,7 +291,7 @@ class _Subspace:
         matrix, right = numbers[: len(M)].reshape(len(b), len(b)), numbers[len(M) :, None]
         # The last step may be zero or next to parallel to d: of all solutions the shortest.
         shares = torch.linalg.lstsq(matrix, right, driver="gelsd").solution[:, 0].tolist()
-        return _combination(shares, basis), _combination(shares, products)
+        return _in_one_piece(_combination(shares, basis), _combination(shares, products))
 
     def product(self, vectors: Parts) -> Parts:
         """By two backward passes."""
@@ -323,17 +327,19 @@ class _MatrixFree:
     ) -> None:
         self._solver = solver
         self._fisher = fisher
+        self._total = total_weight
         self._damping = fisher.isotropic_damping(damping)
         self._batch = BatchFisher(taped, fisher.parameters, total_weight)
 
-    def precondition(self, vectors: Parts) -> tuple[Parts, Parts]:
-        """By conjugate gradients."""
-        directions, products = self._fisher.precondition(vectors)
+    def direction(self, vectors: Parts) -> Direction:
+        """By conjugate gradients, in one piece."""
+        directions, _ = self._fisher.precondition(vectors)
         if not directions:  # no block has an inverse yet
-            return directions, products
+            return Direction({})
         # Parameters without a block are left out, as they are there.
         b = {key: vectors[key].to(curvature_dtype(vectors[key])) for key in directions}
-        last = self._solver.last
+        # That of an objective of Σw = 1.
+        last = {key: x * self._total for key, x in self._solver.last.items()}
         try:
             solution = conjugate_gradients(
                 self._damped,
@@ -347,12 +353,12 @@ class _MatrixFree:
             if "not implemented" not in str(error):  # of a second derivative
                 raise
             self._solver.give_up(str(error).split(". ")[0])
-            return self._solver.of_blocks(self._fisher, vectors)
-        self._solver.last = solution.x
+            return of_blocks(self._fisher, vectors)
+        self._solver.last = {key: x / self._total for key, x in solution.x.items()}
         undamped = {
             key: Ad - self._damping[key] * solution.x[key] for key, Ad in solution.product.items()
         }
-        return solution.x, undamped
+        return _in_one_piece(solution.x, undamped)
 
     def product(self, vectors: Parts) -> Parts:
         """By two backward passes."""

@@ -6,18 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from ngplugin.curvature.blocks import ExactBlock
-from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation
-from ngplugin.curvature.parameter_vector import dot, total
-from ngplugin.curvature.ranks import all_ranks, mean_over_ranks
+from ngplugin.curvature.ranks import all_ranks
 from ngplugin.geodesic_acceleration import accelerated
 from ngplugin.kl_measurement import KlMeasurement
 from ngplugin.move import Move, move, restore
-from ngplugin.solver import Metric
+from ngplugin.proposal import Model
 from ngplugin.trust_region import StepBound
 
 _MOST_SHRINKS = 4
@@ -25,26 +20,6 @@ _POOR = 0.25  # reduction ratio below which a step says that the next one is to 
 _MOST_SEARCHED = 4  # lengths of a line search
 _FARTHEST = 4.0  # times the last length that was tried
 _NEAR = math.log(1.1)  # another length is not worth a forward pass
-
-
-@dataclass(frozen=True)
-class Model:
-    """A full step's quadratic model and the vectors' sizes, on the host."""
-
-    q: float = 0.0  # ½ΔᵀFΔ, nats per term
-    slope: float = 0.0  # -gᵀΔ, in units of the objective
-    gg: float = 0.0  # inner products of the gradient g and the natural gradient d
-    dd: float = 0.0
-    gd: float = 0.0
-    nats: float = 1.0  # what a KL of 1 a term is in units of the objective
-
-    def finite(self) -> bool:
-        """Whether the step is made of numbers."""
-        return all(map(math.isfinite, (self.q, self.slope, self.gg, self.dd, self.gd)))
-
-    def expected(self, scale: float) -> float:
-        """How far the objective falls, for `scale` of the full step."""
-        return scale * self.slope - scale**2 * self.q * self.nats
 
 
 @dataclass(frozen=True)
@@ -66,38 +41,6 @@ class Applied:
         """Measured over predicted KL, None if it was not measured."""
         predicted = self.scale**2 * model.q
         return None if self.kl is None or predicted <= 0 else self.kl / predicted
-
-
-def model_of(moves: Sequence[Move], metric: Metric, weight: ObjectiveWeight) -> Model:
-    """The quadratic model of the step Δ = -lr · direction at full length."""
-    numbers = torch.stack(
-        [
-            # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
-            0.5 * _curvature(moves, metric) * (weight.total / weight.nats),
-            total(m.lr * dot(m.gradient, m.direction) for m in moves),
-            total(dot(m.gradient, m.gradient) for m in moves),
-            total(dot(m.natural_gradient, m.natural_gradient) for m in moves),
-            total(dot(m.gradient, m.natural_gradient) for m in moves),
-        ]
-    )
-    # The one transfer to the host.
-    q, slope, gg, dd, gd = mean_over_ranks(numbers).tolist()
-    return Model(q, slope, gg, dd, gd, weight.nats)
-
-
-def _curvature(moves: Sequence[Move], metric: Metric) -> Tensor:
-    """ΔᵀFΔ/Σw of the step at full length, a scalar."""
-    delta = {id(m.parameter): m.direction * m.lr for m in moves}
-    if any(m.curved is None for m in moves) or len({m.lr for m in moves}) > 1:
-        product = metric.product(delta)
-    else:  # then F d is at hand, and F Δ differs from it by what decays
-        product = {id(m.parameter): m.curved * m.lr for m in moves if m.curved is not None}
-        if any(m.decay for m in moves):  # all of them: a weight's decay curves its bias too
-            decayed = {id(m.parameter): m.parameter * m.decay for m in moves}
-            for key, part in metric.product(decayed).items():
-                product[key] = product[key] + part
-    zero = torch.zeros((), device=moves[0].direction.device)
-    return total([zero, *(dot(delta[key], part) for key, part in product.items())])
 
 
 class StepLength:

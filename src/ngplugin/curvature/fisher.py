@@ -25,6 +25,7 @@ from ngplugin.curvature.blocks import (
 from ngplugin.curvature.blocks.block import curvature_dtype, rounding
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.likelihoods import ScoredCall
+from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.curvature.ranks import largest_over_ranks, several_ranks
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
@@ -46,6 +47,21 @@ class Condition:
 
     undamped: float
     damped: float
+
+
+@dataclass(frozen=True)
+class BlockCurvature:
+    """What a block says of a direction d.
+
+    Attributes:
+        block: it.
+        ids: of its parameters that have a part in the direction.
+        value: dᵀFd/Σw over these, a scalar.
+    """
+
+    block: Block
+    ids: list[int]
+    value: Tensor
 
 
 class Fisher:
@@ -257,20 +273,42 @@ class Fisher:
 
     # -- products ------------------------------------------------------------------------------
 
-    def precondition(self, vectors: _Parts) -> tuple[_Parts, _Parts]:
+    def precondition(self, vectors: _Parts, curved: bool = True) -> tuple[_Parts, _Parts]:
         """D = (F/Σw + damping)⁻¹ v, and F/Σw d, undamped.
 
         Args:
             vectors: id of a parameter to the vector's part for it. Parts of parameters without a
                 block, which no observed prediction depends on yet, are left out of the results.
+            curved: whether the second is wanted of all blocks; otherwise it is formed where none
+                was since the last inversion, for `curvature`.
         """
         directions: _Parts = {}
         products: _Parts = {}
         for block, parts in self._split(vectors):
-            direction, product = block.precondition(parts)
+            wanted = curved or not block.knows_curvature
+            direction, product = block.precondition(parts, wanted)
             self._put(block, direction, vectors, directions)
-            self._put(block, product, vectors, products)
+            if wanted:
+                self._put(block, product, vectors, products)
         return directions, products
+
+    def curvature(self, vectors: _Parts, directions: _Parts, products: _Parts) -> list[BlockCurvature]:
+        """DᵀFd/Σw of each block, of what `precondition` returned; where a product is missing, as
+        its share of vᵀd was when there was one.
+        """
+        result = []
+        for block in self.blocks:
+            ids = [id(p) for p in block.parameters if id(p) in directions]
+            if not ids:
+                continue
+            along = total(dot(vectors[i], directions[i]) for i in ids)
+            if all(i in products for i in ids):
+                found = total(dot(directions[i], products[i]) for i in ids)
+                block.see_curvature(along, found)
+            else:
+                found = block.curvature(along)
+            result.append(BlockCurvature(block, ids, found))
+        return result
 
     def product(self, vectors: _Parts) -> _Parts:
         """F/Σw v, undamped; arguments as for `precondition`."""

@@ -76,6 +76,8 @@ class NaturalGradient(Callback):
         weight_sharing: tokens or pixels of an example count as independent rows, `"expand"`, or as
             one row, `"reduce"`.
         max_factor: a larger side of a matrix keeps the diagonal of its factor only.
+        max_dense: a larger side of a matrix keeps its factor by the `rank` leading eigenvectors.
+        rank: how many these are.
         cg_iterations: the most products with F for a `"matrix-free"` step.
         products: gradients with inverses in bfloat16 where that is fast, `"auto"`, or in float32,
             `"full"`.
@@ -117,6 +119,8 @@ class NaturalGradient(Callback):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
+        max_dense: int = 640,
+        rank: int = 64,
         cg_iterations: int = 10,
         products: Products = "auto",
         decay: float = 0.95,
@@ -147,6 +151,8 @@ class NaturalGradient(Callback):
             structure=structure,
             weight_sharing=weight_sharing,
             max_factor=max_factor,
+            max_dense=max_dense,
+            rank=rank,
             cg_iterations=cg_iterations,
             products=products,
             decay=decay,

@@ -124,6 +124,11 @@ class AveragedBlock(Block):
             self._growth = torch.where(then > 0, self.scale(means) / then, 1.0)
 
     @property
+    def growth(self) -> float | Tensor:
+        """The mean over parts that may grow by themselves, a scalar."""
+        return self._growth.mean() if isinstance(self._growth, Tensor) else self._growth
+
+    @property
     def ready(self) -> bool:
         """Whether there is an average to refresh from."""
         return bool(self._averages)
@@ -150,6 +155,7 @@ class AveragedBlock(Block):
         if inverted:
             self._refreshed, self._refreshed_scale = inverted, self.scale(self.means())
             self._growth = 1.0
+            self._curvature_share = None
         return inverted is not None
 
     def numel(self) -> int:
@@ -166,6 +172,7 @@ class AveragedBlock(Block):
             "refreshed": dict(self._refreshed),
             "refreshed_scale": self._refreshed_scale,
             "growth": self._growth,
+            "curvature_share": self._curvature_share,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -181,3 +188,4 @@ class AveragedBlock(Block):
         self._refreshed = {name: moved(t) for name, t in state["refreshed"].items()}
         self._refreshed_scale = moved(state["refreshed_scale"])
         self._growth = moved(state["growth"])
+        self._curvature_share = moved(state.get("curvature_share"))

@@ -26,6 +26,8 @@ class BlockDamping:
         sampling: γ, for `"relative"`: a factor of size d averaged from n rows gets γ d/n more.
         floor: for `"relative"`: what a block's mean eigenvalue counts as where it is smaller.
         products: in what the inverses are to be multiplied.
+        max_dense: a factor of a larger size is kept by its leading eigenvectors.
+        rank: by how many.
     """
 
     value: float
@@ -33,6 +35,8 @@ class BlockDamping:
     sampling: float = 0.0
     floor: float = 0.0
     products: Products = "full"
+    max_dense: int = 640
+    rank: int = 64
 
 
 class Block(ABC):
@@ -57,6 +61,7 @@ class Block(ABC):
     every_step = False
     redampable = False
     parameters: tuple[Tensor, ...]
+    _curvature_share: Tensor | None = None  # dᵀFd over gᵀd and the growth since the inversion
 
     @abstractmethod
     def fold(self, total_weight: float, decay: float) -> bool:
@@ -105,12 +110,38 @@ class Block(ABC):
         return False
 
     @abstractmethod
-    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """D = (F/Σw + damping)⁻¹ g, and F/Σw d undamped, which comes nearly free with it.
+    def precondition(
+        self, gradients: Sequence[Tensor], curved: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """D = (F/Σw + damping)⁻¹ g, and F/Σw d undamped, which is less work along with it.
 
         Args:
             gradients: one tensor a parameter, as in both results.
+            curved: whether the second is wanted; an empty list otherwise.
         """
+
+    @property
+    def growth(self) -> float | Tensor:
+        """By what the average has grown since it was inverted."""
+        return 1.0
+
+    def see_curvature(self, along: Tensor, curvature: Tensor) -> None:
+        """Learn dᵀFd, scalars both, for a direction d with gᵀd = `along`."""
+        share = curvature / (along * self.growth)
+        self._curvature_share = torch.where(share.isfinite(), share, 1.0)
+
+    def curvature(self, along: Tensor) -> Tensor:
+        """What dᵀFd is by the last that was seen since the block was inverted.
+
+        gᵀd is dᵀ(F + damping)d; the share of it that is F's changes slowly. Where none was seen
+        it counts as all.
+        """
+        return along if self._curvature_share is None else along * self._curvature_share * self.growth
+
+    @property
+    def knows_curvature(self) -> bool:
+        """Whether any was seen since the block was inverted."""
+        return self._curvature_share is not None
 
     @abstractmethod
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:

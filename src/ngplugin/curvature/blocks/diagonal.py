@@ -72,22 +72,24 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
             added = (damping.value + damping.sampling / n) * unit
         else:
             added = damping.value * F.new_ones(())
-        return DiagonalFactor(F, added.reshape(1, 1, 1)).named("F")
+        return DiagonalFactor(F, added.reshape(1, 1, 1), F.shape[1]).named("F")
 
     def redamp(self, damping: BlockDamping) -> bool:
         """A diagonal has no factorization to save."""
         return self.refresh(damping)
 
-    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def precondition(
+        self, gradients: Sequence[Tensor], curved: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """g / (diag F + λ), and diag(F) times it."""
         factor, (g,) = self._factor(), gradients
         real = as_real(g)
         direction = factor.solve(real.to(self._dtype).reshape(1, -1, 1))
+        directions = [as_parameter(direction.reshape(real.shape), g)]
+        if not curved:
+            return directions, []
         product = self._growth * factor.times(direction)
-        shape = real.shape
-        return [as_parameter(direction.reshape(shape), g)], [
-            as_parameter(product.reshape(shape), g)
-        ]
+        return directions, [as_parameter(product.reshape(real.shape), g)]
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """diag(F) v."""
@@ -104,4 +106,5 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
 
     def _factor(self) -> DiagonalFactor:
         assert self.inverted, "refresh() comes first"
-        return DiagonalFactor(self._refreshed["F"], self._refreshed["F_damping"])
+        F = self._refreshed["F"]
+        return DiagonalFactor(F, self._refreshed["F_damping"], F.shape[1])

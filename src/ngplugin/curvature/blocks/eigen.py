@@ -132,12 +132,15 @@ class EigenBlock(KroneckerBlock):
         assert self.inverted, "refresh() comes first"
         return self._refreshed["U_A"], self._refreshed["U_G"]
 
-    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def precondition(
+        self, gradients: Sequence[Tensor], curved: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Divide by M + D in the basis, and multiply the result by M."""
         M, D = self._refreshed["M"], self._refreshed["damping"]
         gradient = self._rotated(gradients)
         V = torch.where(M + D > 0, gradient / (M + D), 0.0)
-        return self._rotated_back(V, gradients), self._rotated_back(M * V, gradients)
+        products = self._rotated_back(M * V, gradients) if curved else []
+        return self._rotated_back(V, gradients), products
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """Multiply by M in the basis."""

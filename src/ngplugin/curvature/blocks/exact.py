@@ -146,7 +146,9 @@ class ExactBlock(Block):
 
     # -- products --------------------------------------------------------------------------------
 
-    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def precondition(
+        self, gradients: Sequence[Tensor], curved: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """D = (F/Σw + λ)⁻¹ g, and F/Σw d."""
         g = self._flat(gradients)
         carried = None
@@ -158,7 +160,8 @@ class ExactBlock(Block):
             direction = self._solve(g)
         else:
             direction = carried + self._solve(g - self._F(carried))
-        return self._parts(direction, gradients), self._parts(self._F(direction), gradients)
+        directions = self._parts(direction, gradients)
+        return directions, self._parts(self._F(direction), gradients) if curved else []
 
     def remember(self, direction: Sequence[Tensor]) -> None:
         """Take the step that was made, as a direction, for p."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ngplugin.curvature.blocks.block import finite
@@ -19,7 +20,7 @@ class Factor(ABC):
     """One symmetric factor X of each group, as of a refresh.
 
     Attributes:
-        matrix: X undamped, `[group, d, d]`, or its diagonal, `[group, d]`.
+        matrix: X undamped, `[group, d, d]`, or its diagonal, `[group, d]`, or what a subclass says.
         damping: what is added to its diagonal, `[group, 1, 1]`.
     """
 
@@ -51,6 +52,10 @@ class Factor(ABC):
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Smallest and largest eigenvalue of X, `[group]`."""
 
+    @abstractmethod
+    def padded(self, size: int) -> Factor:
+        """The same for matrices to which rows or columns of zeros were added, up to `size`."""
+
     def named(self, name: str) -> dict[str, Tensor]:
         """The tensors under names beginning with `name`, for `read_factor`."""
         return {name: self.matrix, f"{name}_damping": self.damping}
@@ -62,9 +67,11 @@ class DenseFactor(Factor):
 
     Attributes:
         inverse: of the damped matrix.
+        size: d, without what was padded.
     """
 
     inverse: Tensor
+    size: int
 
     @property
     def computed(self) -> torch.dtype:
@@ -90,8 +97,14 @@ class DenseFactor(Factor):
     def extremes(self) -> tuple[Tensor, Tensor]:
         """By a factorization."""
         # Rounding may leave a tiny negative eigenvalue of a positive semi-definite matrix.
-        eigenvalues = torch.linalg.eigvalsh(self.matrix).clamp_min(0)  # ascending
+        matrix = self.matrix[:, : self.size, : self.size]
+        eigenvalues = torch.linalg.eigvalsh(matrix).clamp_min(0)  # ascending
         return eigenvalues[:, 0], eigenvalues[:, -1]
+
+    def padded(self, size: int) -> DenseFactor:
+        """With zeros all around."""
+        more = (0, size - self.size, 0, size - self.size)
+        return replace(self, matrix=F.pad(self.matrix, more), inverse=F.pad(self.inverse, more))
 
     def named(self, name: str) -> dict[str, Tensor]:
         """The inverse too."""
@@ -100,7 +113,13 @@ class DenseFactor(Factor):
 
 @dataclass(frozen=True)
 class DiagonalFactor(Factor):
-    """A diagonal, all that a side has room for that is too large."""
+    """A diagonal, all that a side has room for that is too large.
+
+    Attributes:
+        size: d, without what was padded.
+    """
+
+    size: int
 
     def times(self, M: Tensor) -> Tensor:
         """X M."""
@@ -121,7 +140,12 @@ class DiagonalFactor(Factor):
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """The diagonal's."""
-        return self.matrix.amin(1), self.matrix.amax(1)
+        diagonal = self.matrix[:, : self.size]
+        return diagonal.amin(1), diagonal.amax(1)
+
+    def padded(self, size: int) -> DiagonalFactor:
+        """With zeros behind."""
+        return replace(self, matrix=F.pad(self.matrix, (0, size - self.size)))
 
 
 def damped_factor(matrix: Tensor, damping: Tensor, products: Products = "full") -> Factor | None:
@@ -133,7 +157,7 @@ def damped_factor(matrix: Tensor, damping: Tensor, products: Products = "full") 
         products: in what they are to be multiplied.
     """
     if is_diagonal(matrix):
-        return DiagonalFactor(matrix, damping)
+        return DiagonalFactor(matrix, damping, matrix.shape[-1])
     damped = matrix.clone()
     damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
     factor, failed = torch.linalg.cholesky_ex(damped)
@@ -146,12 +170,4 @@ def damped_factor(matrix: Tensor, damping: Tensor, products: Products = "full") 
         return None
     # Row by row in memory, as products want it; LAPACK leaves it the other way round.
     inverse = inverse.to(inverse_dtype(matrix, products)).contiguous()
-    return DenseFactor(matrix, damping, inverse)
-
-
-def read_factor(tensors: Mapping[str, Tensor], name: str) -> Factor:
-    """The factor that was named so; see `Factor.named`."""
-    matrix, damping = tensors[name], tensors[f"{name}_damping"]
-    if is_diagonal(matrix):
-        return DiagonalFactor(matrix, damping)
-    return DenseFactor(matrix, damping, tensors[f"{name}_inverse"])
+    return DenseFactor(matrix, damping, inverse, matrix.shape[-1])

@@ -10,11 +10,8 @@ from torch import Tensor
 
 from ngplugin.curvature.blocks.averaged import AveragedBlock
 from ngplugin.curvature.blocks.block import BlockDamping
-from ngplugin.curvature.blocks.factor import (
-    Factor,
-    damped_factor,
-    read_factor,
-)
+from ngplugin.curvature.blocks.factor import Factor, damped_factor
+from ngplugin.curvature.blocks.low_rank_factor import low_rank_factor, read_factor
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
 from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
 
@@ -47,7 +44,8 @@ class KroneckerProductBlock(AveragedBlock):
     def factors(self) -> tuple[Factor, Factor]:
         """A and G as of the last refresh."""
         assert self.inverted, "refresh() comes first"
-        return read_factor(self._refreshed, "A"), read_factor(self._refreshed, "G")
+        inputs, outputs = self._layout.inputs, self._layout.outputs
+        return read_factor(self._refreshed, "A", inputs), read_factor(self._refreshed, "G", outputs)
 
     def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
         """Damp each factor and invert it, if any score has come this way yet."""
@@ -55,11 +53,21 @@ class KroneckerProductBlock(AveragedBlock):
         if not G.any():
             return {}
         A_damping, G_damping = self._dampings(A, G, damping)
-        damped_A = damped_factor(A, A_damping, damping.products)
-        damped_G = damped_factor(G, G_damping, damping.products)
+        damped_A = self._inverted("A", A, A_damping, damping)
+        damped_G = self._inverted("G", G, G_damping, damping)
         if damped_A is None or damped_G is None:
             return None
-        return {**damped_A.named("A"), **damped_G.named("G")}
+        return {**damped_A.padded(self._layout.columns).named("A"), **damped_G.named("G")}
+
+    def _inverted(
+        self, name: str, X: Tensor, damping: Tensor, how: BlockDamping
+    ) -> Factor | None:
+        if is_diagonal(X) or X.shape[-1] <= how.max_dense:
+            return damped_factor(X, damping, how.products)
+        start = self._refreshed.get(f"{name}_basis")
+        return low_rank_factor(
+            X, damping, how.rank, None if start is None else start[:, : X.shape[-1]]
+        )
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """What is added to the diagonals of A and G, `[group, 1, 1]` each.
@@ -96,7 +104,9 @@ class KroneckerProductBlock(AveragedBlock):
             shares.append(damping.value + damping.sampling * size / n)
         return shares[0], shares[1]
 
-    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def precondition(
+        self, gradients: Sequence[Tensor], curved: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """V = G_d⁻¹ M A_d⁻¹ with the damped factors and M the gradient, and G V A.
 
         With A_d = A + a I the product with the larger factor needs no multiplication, since
@@ -105,24 +115,27 @@ class KroneckerProductBlock(AveragedBlock):
         A, G = self.factors
         # Once for all products, unless one of the factors is too small for another precision.
         computed = A.computed if A.computed == G.computed else self._dtype
-        M = self._layout.matrix(gradients, computed)
-        if self._layout.inputs >= self._layout.outputs:
+        M = self._layout.matrix(gradients, computed, padded=True)
+        inputs_larger = self._layout.inputs >= self._layout.outputs
+        if inputs_larger:
             half = G.solve(M)
             V = A.solve_right(half)
-            GVA = G.times(half - A.damping.to(V.dtype) * V)
         else:
             half = A.solve_right(M)
             V = G.solve(half)
+        directions = self._layout.parts(V, gradients)
+        if not curved:
+            return directions, []
+        if inputs_larger:
+            GVA = G.times(half - A.damping.to(V.dtype) * V)
+        else:
             GVA = A.times_right(half - G.damping.to(V.dtype) * V)
-        return (
-            self._layout.parts(V, gradients),
-            self._layout.parts(self._growth * GVA.to(self._dtype), gradients),
-        )
+        return directions, self._layout.parts(self._growth * GVA.to(self._dtype), gradients)
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """G V A with the undamped factors."""
         A, G = self.factors
-        V = self._layout.matrix(vectors, self._dtype)
+        V = self._layout.matrix(vectors, self._dtype, padded=True)
         GVA = self._growth * A.times_right(G.times(V))
         return self._layout.parts(GVA, vectors)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ngplugin.curvature.blocks.averaged import AveragedBlock
 from ngplugin.curvature.blocks.block import BlockDamping, GradientBlock
-from ngplugin.curvature.blocks.factor import Factor, damped_factor, read_factor
+from ngplugin.curvature.blocks.factor import Factor, damped_factor
+from ngplugin.curvature.blocks.low_rank_factor import read_factor
 from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
 
 
@@ -61,12 +62,17 @@ class UnitBlock(AveragedBlock, GradientBlock):
         factor = damped_factor(F, added)
         return None if factor is None else factor.named("F")
 
-    def precondition(self, gradients: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def precondition(
+        self, gradients: Sequence[Tensor], curved: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """(F + damping)⁻¹ g feature by feature, and F times it."""
         factor = self._factor()
         direction = factor.solve(self._columns(gradients))
+        directions = self._as_parameters(direction, gradients)
+        if not curved:
+            return directions, []
         product = self._growth * factor.times(direction)
-        return self._as_parameters(direction, gradients), self._as_parameters(product, gradients)
+        return directions, self._as_parameters(product, gradients)
 
     def product(self, vectors: Sequence[Tensor]) -> list[Tensor]:
         """F v feature by feature."""
@@ -81,7 +87,7 @@ class UnitBlock(AveragedBlock, GradientBlock):
 
     def _factor(self) -> Factor:
         assert self.inverted, "refresh() comes first"
-        return read_factor(self._refreshed, "F")
+        return read_factor(self._refreshed, "F", 2)
 
     def _columns(self, tensors: Sequence[Tensor]) -> Tensor:
         """Scale and offset to `[feature, 2, 1]`."""
