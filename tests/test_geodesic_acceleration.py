@@ -44,7 +44,7 @@ def moves_of(model, size):
     n = flat([*model.parameters()]).numel()
     direction = unflat(size * randn(n, seed=5), [*model.parameters()])
     return [
-        Move(p, torch.zeros_like(p), d, None, d, 0.5, 0.0)
+        Move(p, d, 1.0, 0.5, 0.0)
         for p, d in zip(model.parameters(), direction, strict=True)
     ]
 

@@ -15,11 +15,13 @@ class Piece:
 
     Attributes:
         ids: of its parameters.
-        curvature: dᵀFd/Σw over these, a scalar.
+        along: vᵀd over these, a scalar.
+        curvature: dᵀFd/Σw.
         length: that of a semi-orthogonal step.
     """
 
     ids: list[int]
+    along: Tensor
     curvature: Tensor
     length: float
 

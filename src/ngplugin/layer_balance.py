@@ -25,22 +25,22 @@ _VECTOR = 0.1  # mean square of a vector's elements, where a matrix is semi-orth
 def balance(
     lengths: Sequence[float], squares: Sequence[float], q: Sequence[float], how: LayerBalance
 ) -> list[float]:
-    """What each block's natural gradient is to be multiplied by; the predicted KL stays as a whole.
+    """What each block's natural gradient is to be multiplied by.
 
-    With d the natural gradient of a block, q = dᵀFd, and r = √min(rows, columns) for a matrix and
-    √(size/10) for a vector:
+    With d the natural gradient of a block, q = dᵀ(F + damping)d, its damped KL, and
+    r = √min(rows, columns) for a matrix and √(size/10) for a vector:
 
         "natural":     d as it is
         "orthogonal":  d · r/‖d‖, every block as long as a semi-orthogonal matrix
         "balanced":    d · (r/‖d‖)^½, the geometric mean of the two
-        "equal":       d / √q, every block with the same share of the KL
+        "equal":       d / √q, every block with the same share
 
     times one common factor, so that Σ q stays.
 
     Args:
         lengths: r of each block, see `semi_orthogonal_length`.
         squares: ‖d‖².
-        q: dᵀFd.
+        q: dᵀ(F + damping)d, which is the gradient's product with d.
         how: see above.
 
     Source: the size of a semi-orthogonal step is that of Muon (Jordan et al. 2024); that weighing

@@ -38,7 +38,7 @@ class GradientMomentum:
         """
         gradients = [p.grad for p in parameters if p.grad is not None]
         self._proposed_weight = total_weight
-        if mu == 0:
+        if mu == 0 or not gradients:
             return gradients
         known = [p for p in parameters if id(p) in self._average]
         averages = {id(p): p.grad.clone() for p in parameters if id(p) not in self._average}  # type: ignore[union-attr]

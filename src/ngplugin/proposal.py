@@ -84,6 +84,7 @@ class Proposals:
         numbers = mean_over_ranks(
             torch.stack(
                 [
+                    *(piece.along for piece in direction.pieces),
                     *(piece.curvature for piece in direction.pieces),
                     *(dot(d, d) for d in natural.values()),
                     *(dot(g, g) for _, g, _ in moved),
@@ -92,13 +93,14 @@ class Proposals:
                 ]
             )
         ).tolist()
-        sizes = len(direction.pieces), len(natural), len(moved), len(moved), len(decaying)
-        curvatures, dd, gg, gd, gp = _split(numbers, sizes)
+        pieces = len(direction.pieces)
+        sizes = pieces, pieces, len(natural), len(moved), len(moved), len(decaying)
+        alongs, curvatures, dd, gg, gd, gp = _split(numbers, sizes)
         squares = dict(zip(natural, dd, strict=True))
         shares = balance(
             [piece.length for piece in direction.pieces],
             [sum(squares[i] for i in piece.ids) for piece in direction.pieces],
-            curvatures,
+            alongs,
             self._layer_balance,
         )
         share_of = dict.fromkeys(natural, unit)

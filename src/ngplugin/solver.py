@@ -95,12 +95,13 @@ def of_blocks(fisher: Fisher, vectors: Parts, curved: bool = True) -> Direction:
     """D by the blocks alone, a piece each."""
     natural, products = fisher.precondition(vectors, curved)
     found = fisher.curvature(vectors, natural, products)
-    pieces = [Piece(f.ids, f.value, semi_orthogonal_length(f.block)) for f in found]
+    pieces = [Piece(f.ids, f.along, f.value, semi_orthogonal_length(f.block)) for f in found]
     return Direction(natural, products, pieces)
 
 
-def _in_one_piece(natural: Parts, products: Parts) -> Direction:
-    return Direction(natural, products, [Piece([*natural], inner(natural, products), 1.0)])
+def _in_one_piece(vectors: Parts, natural: Parts, products: Parts) -> Direction:
+    along, curvature = inner(natural, vectors), inner(natural, products)
+    return Direction(natural, products, [Piece([*natural], along, curvature, 1.0)])
 
 
 class BlockSolver(Solver):
@@ -291,7 +292,9 @@ class _Subspace:
         matrix, right = numbers[: len(M)].reshape(len(b), len(b)), numbers[len(M) :, None]
         # The last step may be zero or next to parallel to d: of all solutions the shortest.
         shares = torch.linalg.lstsq(matrix, right, driver="gelsd").solution[:, 0].tolist()
-        return _in_one_piece(_combination(shares, basis), _combination(shares, products))
+        return _in_one_piece(
+            vectors, _combination(shares, basis), _combination(shares, products)
+        )
 
     def product(self, vectors: Parts) -> Parts:
         """By two backward passes."""
@@ -358,7 +361,7 @@ class _MatrixFree:
         undamped = {
             key: Ad - self._damping[key] * solution.x[key] for key, Ad in solution.product.items()
         }
-        return _in_one_piece(solution.x, undamped)
+        return _in_one_piece(vectors, solution.x, undamped)
 
     def product(self, vectors: Parts) -> Parts:
         """By two backward passes."""

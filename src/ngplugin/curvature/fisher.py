@@ -56,11 +56,13 @@ class BlockCurvature:
     Attributes:
         block: it.
         ids: of its parameters that have a part in the direction.
-        value: dᵀFd/Σw over these, a scalar.
+        along: vᵀd over these, a scalar.
+        value: dᵀFd/Σw.
     """
 
     block: Block
     ids: list[int]
+    along: Tensor
     value: Tensor
 
 
@@ -292,9 +294,12 @@ class Fisher:
                 self._put(block, product, vectors, products)
         return directions, products
 
-    def curvature(self, vectors: _Parts, directions: _Parts, products: _Parts) -> list[BlockCurvature]:
-        """DᵀFd/Σw of each block, of what `precondition` returned; where a product is missing, as
-        its share of vᵀd was when there was one.
+    def curvature(
+        self, vectors: _Parts, directions: _Parts, products: _Parts
+    ) -> list[BlockCurvature]:
+        """DᵀFd/Σw of each block, of what `precondition` returned.
+
+        Where a product is missing it is by the share of vᵀd that it was when there was one.
         """
         result = []
         for block in self.blocks:
@@ -307,7 +312,7 @@ class Fisher:
                 block.see_curvature(along, found)
             else:
                 found = block.curvature(along)
-            result.append(BlockCurvature(block, ids, found))
+            result.append(BlockCurvature(block, ids, along, found))
         return result
 
     def product(self, vectors: _Parts) -> _Parts:
