@@ -14,7 +14,7 @@ from torch import Tensor
 from ngplugin.curvature.blocks import BlockDamping, ExactBlock
 from ngplugin.curvature.blocks.block import GradientBlock
 from ngplugin.curvature.exact_rows import ExactRows
-from ngplugin.curvature.fisher import Condition, Fisher, refresh_due
+from ngplugin.curvature.fisher import Condition, Fisher
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.parameter_vector import dot, total
@@ -104,14 +104,21 @@ class NaturalGradientStep:
             return Needs(statistics=False, record=False)
         record = self._solver.needs_tape or self._bound.measurement_due(self.steps)
         record = record or self._steers_damping() is not None
-        return Needs(self._statistics_due(), record or options.step_size == "line-search")
+        record = record or options.step_size == "line-search"
+        return Needs(self._statistics_due(record), record)
 
-    def _statistics_due(self) -> bool:
-        """On each of the first steps, and once in every so many; not all may be seen."""
+    def _statistics_due(self, record: bool) -> bool:
+        """On each of the first steps, and once in every so many; not all may be seen.
+
+        One that is measured has enough to do, and leaves them to the next step.
+        """
         every = self.options.statistics_every
-        usual = self.steps < max(_FIRST_STEPS, self.options.burn_in)
-        usual = usual or self.steps // every > self._statistics_step // every
-        return usual or self._exact_block() is not None or not self._knows_curvature()
+        if self.steps < max(_FIRST_STEPS, self.options.burn_in):
+            return True
+        due = self.steps // every > self._statistics_step // every
+        if due and record and every > 1 and self.steps % every == 0:
+            due = False
+        return due or self._exact_block() is not None or not self._knows_curvature()
 
     def _exact_block(self) -> ExactBlock | None:
         return self.fisher.exact_block
@@ -152,7 +159,8 @@ class NaturalGradientStep:
         with self.watch.paused():
             damping = damping_at(self._damping, self.steps)
             rule = self._rule(damping)
-            finite = _gradients_are_finite(groups)
+            squares = _squared_gradients(groups)
+            finite = math.isfinite(float(total(squares.values())))
             self._settle_last_step(finite)
             weight = self._weigh(observations) if finite else None
             dropped, failed = self._update_curvature(groups, observations, rule, weight)
@@ -161,7 +169,7 @@ class NaturalGradientStep:
             model, applied = Model(), Applied(0.0)
             if finite:
                 telling = observations if weight is not None else []  # of how far a step goes
-                model, applied = self._move(groups, schedule, telling, rule)
+                model, applied = self._move(groups, schedule, telling, rule, squares)
                 finite = model.finite()
                 model = model if finite else Model()
         for observation in observations:
@@ -259,16 +267,21 @@ class NaturalGradientStep:
             if dropped and self.steps < _MOST_BAD_BATCHES:
                 return dropped, 0  # a bad batch, as any may be
             raise StepOrderError(why_no_fisher(observations))
-        due = refresh_due(self.steps, options.refresh_every)
-        failed = self.fisher.refresh(rule, only_new=not due)
-        if not due and rule.value != self._refreshed_damping:
+        due = self.fisher.due(self.steps, options.refresh_every, options.statistics_every)
+        failed = self.fisher.refresh(rule, due)
+        if due is not None and rule.value != self._refreshed_damping:
             self.fisher.redamp(rule)
         self._refreshed_damping = rule.value
         failed += self.fisher.refresh_every_step(self._exact_rule())
-        last = self._condition_step
-        if due and (last < 0 or self.steps - last >= options.spectrum_every):
+        if self._condition_due():
             self._condition, self._condition_step = self.fisher.condition(), self.steps
         return dropped, failed
+
+    def _condition_due(self) -> bool:
+        """Every so often, on a step that has least else to do: the one before statistics."""
+        late = self.steps - self._condition_step - self.options.spectrum_every
+        quiet = (self.steps + 1) % self.options.statistics_every == 0
+        return self._condition_step < 0 or (late >= 0 and quiet)
 
     def _knows_curvature(self) -> bool:
         """Whether any step so far has given what a direction or a length can be found from."""
@@ -288,7 +301,7 @@ class NaturalGradientStep:
             options.damping_mode,
             options.sampling_damping,
             products=options.products,
-            max_dense=options.max_dense,
+            overhead=options.overhead,
             rank=options.rank,
         )
 
@@ -307,6 +320,7 @@ class NaturalGradientStep:
         schedule: float,
         observations: Sequence[Observation],
         rule: BlockDamping,
+        squares: dict[int, Tensor],
     ) -> tuple[Model, Applied]:
         """Propose a step and take it; with an exact block until one succeeds."""
         averaged = self._averaged(groups)
@@ -318,10 +332,10 @@ class NaturalGradientStep:
         for trial in range(_MOST_TRIALS if retries else 1):
             if block is not None:
                 block.momentum = max(g.momentum for g in groups) if retries and not trial else 0.0
-            moves, model = self._propose(groups, averaged, metric, bool(taped))
+            moves, model = self._propose(groups, averaged, metric, bool(taped), squares)
             if block is not None and block.momentum > 0 and model.gg == 0:
                 block.momentum = 0.0  # nothing to go on for
-                moves, model = self._propose(groups, averaged, metric, bool(taped))
+                moves, model = self._propose(groups, averaged, metric, bool(taped), squares)
             if not (moves and self.steps >= self.options.burn_in and model.finite()):
                 break
             # Without a gradient there is no fall to be had, however much damping there is.
@@ -385,6 +399,7 @@ class NaturalGradientStep:
         averaged: dict[int, Tensor],
         metric: Fisher | BatchMetric,
         measured: bool,
+        squares: dict[int, Tensor],
     ) -> tuple[list[Move], Model]:
         """The step before its length is decided, and its model; empty if there is no gradient."""
         if self.options.structure == "identity":
@@ -394,7 +409,7 @@ class NaturalGradientStep:
             self._curved_step = self.steps if curved else self._curved_step
             direction = self._solver.direction(metric, averaged, curved)
         unit = 1 / self._total_weight()
-        return self._proposals.made(groups, direction, metric, self._weight, unit)
+        return self._proposals.made(groups, direction, metric, self._weight, unit, squares)
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -470,7 +485,7 @@ class NaturalGradientStep:
         return places
 
 
-def _gradients_are_finite(groups: Sequence[StepGroup]) -> bool:
-    """Whether their norm is a number; where it overflows, so would every product with them."""
-    gradients = [p.grad for group in groups for p in group.parameters if p.grad is not None]
-    return math.isfinite(float(total(dot(g, g) for g in gradients)))
+def _squared_gradients(groups: Sequence[StepGroup]) -> dict[int, Tensor]:
+    """GᵀG of each parameter; where that overflows, so would every product with the gradient."""
+    gradients = {id(p): p.grad for group in groups for p in group.parameters}
+    return {key: dot(g, g) for key, g in gradients.items() if g is not None}

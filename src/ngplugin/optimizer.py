@@ -109,12 +109,15 @@ class NaturalGradientOptimizer(Optimizer):
             `nn.MultiheadAttention`; where other layers have the tokens first, leave it at
             `"expand"`.
         max_factor: a side of a matrix that is larger keeps the diagonal of its factor only.
-        max_dense: a side of a matrix that is larger keeps its factor by the `rank` leading
-            eigenvectors and the mean of the other eigenvalues, so that preconditioning takes
-            4 · rank multiplications an element and not one for every unit of the side. Up to this
-            size all of them are cheap beside the forward and backward pass of a usual batch.
-        rank: see `max_dense`. Puiu 2022 (arXiv:2206.15397); with 64 of 1,000 the autoencoder of
-            `experiments/` loses nothing a step, with 32 a little.
+        overhead: what a product with the inverse of a factor may take, as a share of the layer's
+            own forward and backward pass: d / (3 · rows) for a side of d units and so many rows a
+            step (examples, tokens, pixels). Where it is more, the factor is kept by its `rank`
+            leading eigenvectors and the mean of the other eigenvalues, unless that is no less work.
+            Counted and not timed, so that a run can be repeated. 0 for leading eigenvectors
+            everywhere, 1e9 for whole factors.
+        rank: see `overhead`; 4 · rank / (3 · rows) is what such a product takes. Puiu 2022
+            (arXiv:2206.15397); with 64 of 1,000 the autoencoder of `experiments/` loses nothing a
+            step, with 32 a little.
         cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
             passes; every step starts from the last one's direction.
         products: in what float32 gradients are multiplied by the inverses. `"auto"`: bfloat16 for
@@ -157,7 +160,7 @@ class NaturalGradientOptimizer(Optimizer):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
-        max_dense: int = 640,
+        overhead: float = 0.15,
         rank: int = 64,
         cg_iterations: int = 10,
         products: Products = "auto",
@@ -186,7 +189,7 @@ class NaturalGradientOptimizer(Optimizer):
             structure=structure,
             weight_sharing=weight_sharing,
             max_factor=max_factor,
-            max_dense=max_dense,
+            overhead=overhead,
             rank=rank,
             cg_iterations=cg_iterations,
             products=products,

@@ -50,7 +50,7 @@ class Options:
     structure: Structure = "auto"
     weight_sharing: WeightSharing = "expand"
     max_factor: int = 8192
-    max_dense: int = 640
+    overhead: float = 0.15
     rank: int = 64
     cg_iterations: int = 10
     products: Products = "auto"
@@ -73,14 +73,8 @@ class Options:
         check_choice("structure", self.structure, get_args(Structure))
         check_choice("weight_sharing", self.weight_sharing, get_args(WeightSharing))
         check_count("max_factor", self.max_factor, low=1)
-        check_count("max_dense", self.max_dense, low=1)
+        check_number("overhead", self.overhead, low=0, hint="1e9: every factor whole")
         check_count("rank", self.rank, low=1)
-        if self.rank > self.max_dense:
-            raise OptionError(
-                f"rank={self.rank} with max_dense={self.max_dense}: a factor of a size above "
-                "max_dense keeps so many eigenvectors, and may have fewer; give a smaller rank, or "
-                "a max_dense above every size to keep them all"
-            )
         check_number("decay", self.decay, low=0, high=1, open_high=True)
         if self.noise_variance not in ("auto", "running"):
             hint = "or 'auto' or 'running'"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.blocks.block import curvature_dtype, rounding
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.parameter_vector import Parts, dot, total
 from ngplugin.curvature.ranks import mean_over_ranks
@@ -29,6 +30,7 @@ class Model:
     dd: float = 0.0
     gd: float = 0.0
     nats: float = 1.0  # what a KL of 1 a term is in units of the objective
+    rounding: float = 0.0  # nats per term: differences of losses below this say nothing
 
     def finite(self) -> bool:
         """Whether the step is made of numbers."""
@@ -60,6 +62,7 @@ class Proposals:
         metric: Metric,
         weight: ObjectiveWeight,
         unit: float,
+        squares: dict[int, Tensor],
     ) -> tuple[list[Move], Model]:
         """The step Δ = -lr (d + decay/lr θ) at full length, and its model.
 
@@ -69,6 +72,7 @@ class Proposals:
             metric: F.
             weight: of the step's objective.
             unit: what makes d that of the gradient over Σw.
+            squares: gᵀg of each parameter.
         """
         natural = direction.natural
         moved = [
@@ -87,7 +91,7 @@ class Proposals:
                     *(piece.along for piece in direction.pieces),
                     *(piece.curvature for piece in direction.pieces),
                     *(dot(d, d) for d in natural.values()),
-                    *(dot(g, g) for _, g, _ in moved),
+                    *(squares[id(p)] for p, _, _ in moved),
                     *(dot(g, natural[id(p)]) for p, g, _ in moved),
                     *(dot(g, p) for p, g, _ in decaying),
                 ]
@@ -96,10 +100,10 @@ class Proposals:
         pieces = len(direction.pieces)
         sizes = pieces, pieces, len(natural), len(moved), len(moved), len(decaying)
         alongs, curvatures, dd, gg, gd, gp = _split(numbers, sizes)
-        squares = dict(zip(natural, dd, strict=True))
+        lengths = dict(zip(natural, dd, strict=True))
         shares = balance(
             [piece.length for piece in direction.pieces],
-            [sum(squares[i] for i in piece.ids) for piece in direction.pieces],
+            [sum(lengths[i] for i in piece.ids) for piece in direction.pieces],
             alongs,
             self._layer_balance,
         )
@@ -118,9 +122,10 @@ class Proposals:
             slope=sum(m.lr * x for m, x in zip(moves, along, strict=True))
             + sum(decay * x for (_, _, decay), x in zip(decaying, gp, strict=True)),
             gg=sum(gg),
-            dd=sum(m.share**2 * squares[id(m.parameter)] for m in moves),
+            dd=sum(m.share**2 * lengths[id(m.parameter)] for m in moves),
             gd=sum(along),
             nats=weight.nats,
+            rounding=rounding(curvature_dtype(moves[0].parameter)),
         )
         return moves, model
 

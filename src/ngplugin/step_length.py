@@ -33,9 +33,11 @@ class Applied:
     rejected: bool = False
 
     def ratio(self, model: Model) -> float | None:
-        """The reduction ratio, None if it was not measured."""
+        """The reduction ratio, None if it was not measured or is lost in rounding."""
         expected = model.expected(self.scale)
-        return None if self.reduction is None or expected <= 0 else self.reduction / expected
+        if self.reduction is None or expected <= model.rounding * model.nats:
+            return None
+        return self.reduction / expected
 
     def kl_ratio(self, model: Model) -> float | None:
         """Measured over predicted KL, None if it was not measured."""
@@ -87,10 +89,12 @@ class StepLength:
             move(moves, scale)
             divergence, reduction = self._measurement.measure(taped)
             kl = divergence / model.nats
-            factor = self._bound.shrink(kl, schedule, -reduction / model.nats)
+            rise = -reduction / model.nats - model.rounding
+            factor = self._bound.shrink(kl, schedule, rise)
             if factor is None:
                 applied = Applied(scale, kl, reduction, shrinks)
-                surprise = shrinks > 0 or (applied.ratio(model) or 0.0) < _POOR
+                ratio = applied.ratio(model)
+                surprise = shrinks > 0 or (ratio is not None and ratio < _POOR)
                 self._bound.calibrate(step, scale**2 * model.q, kl, surprise)
                 return applied
             restore(moves, before)

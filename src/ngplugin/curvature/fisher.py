@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,12 +33,25 @@ _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
 
 
 def refresh_due(step: int, every: int) -> bool:
-    """Whether the inverses are due: at steps 0, 1, 2, 4, 8, ... and then every `every` steps.
+    """Whether all inverses are due: at steps 0, 1, 2, 4, 8, ... and then every `every` steps.
 
     The first averages rest on few batches and change fast; an inverse kept from the first batch
     can ruin a run.
     """
     return step % every == 0 or (step < every and step & (step - 1) == 0)
+
+
+def turns(works: Sequence[int], every: int, busy: int) -> list[int]:
+    """At which step of every `every` each piece of work is done, so that none has much to do.
+
+    Args:
+        works: of each piece.
+        every: steps.
+        busy: each so many steps there is one that has enough to do already, and one that may have
+            to take its place; these are left out if any others are there.
+    """
+    free = [step for step in range(every) if step % busy > 1] or [*range(every)]
+    return [free[i] for i in sharing.assigned(works, len(free))]
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,8 @@ class Fisher:
     def __init__(self, rule: BlockRule | None = None, exact: ExactRows | None = None) -> None:
         self._choice = BlockChoice(rule or BlockRule())
         self.exact = exact
+        self._in_turn: list[AveragedBlock] = []
+        self._turns: list[int] = []  # of these blocks
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -199,7 +214,7 @@ class Fisher:
                 block.add_gradient_scores([p.grad], 1.0)
                 block.fold(scale, decay)
 
-    def refresh(self, damping: BlockDamping, only_new: bool = False) -> int:
+    def refresh(self, damping: BlockDamping, chosen: Collection[Block] | None = None) -> int:
         """Invert the damped averages; returns how many factorizations failed.
 
         Args:
@@ -207,17 +222,37 @@ class Fisher:
                 does not depend on, such as a bias in front of a normalization, have gradients of
                 rounding errors, and a Fisher of their squares: no block's mean eigenvalue counts
                 for less than (100 ε)² of the largest.
-            only_new: leave the blocks alone that have an inverse already.
+            chosen: which blocks, beside those that have no inverse yet; None for all.
         """
         ready = [block for block in self.blocks if block.ready]
         averaged = [block for block in ready if not block.every_step]
-        due = [block for block in averaged if not (only_new and block.inverted)]
+        due = [b for b in averaged if chosen is None or b in chosen or not b.inverted]
         if not due:
             return 0
         floored = replace(damping, floor=self._floor(ready))
         if several_ranks():
             return sharing.refresh([b for b in due if isinstance(b, AveragedBlock)], floored)
         return sum(not block.refresh(floored) for block in due)
+
+    def due(self, step: int, every: int, busy: int) -> Sequence[Block] | None:
+        """Whose inverses are due; None for all.
+
+        After the first steps the blocks take turns. Of several processes, each of which inverts
+        some, all are done at once.
+
+        Args:
+            step: its number.
+            every: steps between two inversions of a block.
+            busy: see `turns`.
+        """
+        if step < every or several_ranks():
+            return None if refresh_due(step, every) else []
+        blocks = [b for b in self.blocks if isinstance(b, AveragedBlock) and b.ready]
+        if blocks != self._in_turn:
+            self._in_turn = blocks
+            self._turns = turns([sharing.work(block) for block in blocks], every, busy)
+        now = step % every
+        return [b for b, turn in zip(blocks, self._turns, strict=True) if turn == now]
 
     def redamp(self, damping: BlockDamping) -> int:
         """Change λ of the blocks that need no factorization for it; returns how many they are."""
@@ -326,7 +361,14 @@ class Fisher:
         """Each usable block with its parts of a vector, zeros for those that are missing."""
         for block in self.blocks:
             if block.inverted and any(id(p) in vectors for p in block.parameters):
-                yield block, [vectors.get(id(p), torch.zeros_like(p)) for p in block.parameters]
+                parts = (vectors.get(id(p)) for p in block.parameters)
+                yield (
+                    block,
+                    [
+                        torch.zeros_like(p) if v is None else v
+                        for p, v in zip(block.parameters, parts, strict=True)
+                    ],
+                )
 
     @staticmethod
     def _put(block: Block, parts: Sequence[Tensor], like: _Parts, into: _Parts) -> None:

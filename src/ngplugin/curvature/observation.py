@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -40,12 +41,16 @@ class ScoredLoss:
     def reduction(self, predictions: tuple[Tensor, ...]) -> Tensor:
         """Σ_i w_i (-log p_θ + log p_new)(target): how far this loss fell; a scalar."""
         new = self.call.likelihood(predictions)
-        target = self.call.target
-        return self._sum(self.likelihood.nll(target) - new.nll(target))
+        return self._sum(self._nll - new.nll(self.call.target))
 
     def nll(self) -> Tensor:
         """Σ_i w_i KL(data ‖ p_θ) at unit dispersion, nats; a scalar."""
-        return self._sum(self.likelihood.divergence(self.call.target))
+        return self._sum(self.likelihood.divergence(self.call.target, self._nll))
+
+    @functools.cached_property
+    def _nll(self) -> Tensor:
+        """-log p_θ(target) of every term, `[terms]`."""
+        return self.likelihood.nll(self.call.target)
 
     def dispersion(self, noise_variance: float | Literal["auto"]) -> Tensor:
         """The likelihood's dispersion, as given or estimated from these targets; a scalar."""

@@ -76,7 +76,8 @@ class NaturalGradient(Callback):
         weight_sharing: tokens or pixels of an example count as independent rows, `"expand"`, or as
             one row, `"reduce"`.
         max_factor: a larger side of a matrix keeps the diagonal of its factor only.
-        max_dense: a larger side of a matrix keeps its factor by the `rank` leading eigenvectors.
+        overhead: share of a layer's own time that a product with a factor may take, by counting;
+            where it is more, the factor is kept by its `rank` leading eigenvectors.
         rank: how many these are.
         cg_iterations: the most products with F for a `"matrix-free"` step.
         products: gradients with inverses in bfloat16 where that is fast, `"auto"`, or in float32,
@@ -119,7 +120,7 @@ class NaturalGradient(Callback):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
-        max_dense: int = 640,
+        overhead: float = 0.15,
         rank: int = 64,
         cg_iterations: int = 10,
         products: Products = "auto",
@@ -151,7 +152,7 @@ class NaturalGradient(Callback):
             structure=structure,
             weight_sharing=weight_sharing,
             max_factor=max_factor,
-            max_dense=max_dense,
+            overhead=overhead,
             rank=rank,
             cg_iterations=cg_iterations,
             products=products,

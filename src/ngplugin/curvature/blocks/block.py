@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ class BlockDamping:
         sampling: γ, for `"relative"`: a factor of size d averaged from n rows gets γ d/n more.
         floor: for `"relative"`: what a block's mean eigenvalue counts as where it is smaller.
         products: in what the inverses are to be multiplied.
-        max_dense: a factor of a larger size is kept by its leading eigenvectors.
-        rank: by how many.
+        overhead: a factor the products with which take more than this share of the layer's own
+            forward and backward pass is kept by its leading eigenvectors.
+        rank: by how many, or as many as `overhead` has room for.
     """
 
     value: float
@@ -35,7 +37,7 @@ class BlockDamping:
     sampling: float = 0.0
     floor: float = 0.0
     products: Products = "full"
-    max_dense: int = 640
+    overhead: float = math.inf
     rank: int = 64
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, finite
+from ngplugin.curvature.blocks.symmetric import eigenvalues
 
 _TILE = 128  # rows of a product of which only the lower triangle is wanted
 _MOST_RETRIES = 12  # each with ten times the damping
@@ -231,8 +232,8 @@ class ExactBlock(Block):
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of K or F; where n < P, F has zeros too."""
         assert self._matrix is not None
-        eigenvalues = torch.linalg.eigvalsh(self._matrix).clamp_min(0)
-        low, high = eigenvalues[0], eigenvalues[-1]
+        found = eigenvalues(self._matrix)
+        low, high = found[0], found[-1]
         if self.kernel_side:
             low = torch.zeros_like(low)
         return low, high, low + self._damping, high + self._damping

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ngplugin.curvature.blocks.block import finite
-from ngplugin.curvature.blocks.symmetric import is_diagonal
+from ngplugin.curvature.blocks.symmetric import eigenvalues, is_diagonal
 from ngplugin.curvature.products import Products, inverse_dtype, multiply
 
 
@@ -96,10 +96,8 @@ class DenseFactor(Factor):
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """By a factorization."""
-        # Rounding may leave a tiny negative eigenvalue of a positive semi-definite matrix.
-        matrix = self.matrix[:, : self.size, : self.size]
-        eigenvalues = torch.linalg.eigvalsh(matrix).clamp_min(0)  # ascending
-        return eigenvalues[:, 0], eigenvalues[:, -1]
+        found = eigenvalues(self.matrix[:, : self.size, : self.size])
+        return found[:, 0], found[:, -1]
 
     def padded(self, size: int) -> DenseFactor:
         """With zeros all around."""

@@ -19,8 +19,9 @@ WeightSharing = Literal["expand", "reduce"]
 
 
 # Rows of one statistic beyond these say little more: a running average has those of twenty.
-_FEWEST_ROWS = 1024
-_ROWS_PER_SIZE = 2  # of the larger factor
+import os
+_FEWEST_ROWS = int(os.environ.get("FEW", 1024))
+_ROWS_PER_SIZE = float(os.environ.get("PER", 2))  # of the larger factor
 
 
 class KroneckerBlock(KroneckerProductBlock, MapBlock):
@@ -84,6 +85,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         self.max_factor = max_factor
         self.weight_sharing = weight_sharing
         self.dims = dims
+        self._step_rows = 0.0  # of the calls since the last statistic
 
     def note(self) -> str:
         """Which factors are diagonals, for their size."""
@@ -123,6 +125,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         if parts > 1:
             a = a.repeat_interleave(parts, 0)
             g = g.unflatten(-1, (parts, -1)).movedim(3, 1).flatten(0, 1)
+        self._step_rows += share * stands_for * g.shape[:3].numel() / self.groups
         counted = (g != 0).any(-1, keepdim=True).to(self._dtype)  # [group, example, shared, 1]
         a = a * counted
         if self._bias is not None:
@@ -158,7 +161,13 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
         """Σ aaᵀ, Σ ggᵀ / Σw, and the number of rows, `[group, 1, 1]`."""
+        self.rows, self._step_rows = self._step_rows, 0.0
         return {"inputs": added["inputs"], "G": added["G"] / total_weight, "rows": added["rows"]}
+
+    def discard(self) -> None:
+        """Forget what was added and not folded."""
+        super().discard()
+        self._step_rows = 0.0
 
     def averaged_factors(self) -> tuple[Tensor, Tensor]:
         """A by the rows of all steps, and G."""

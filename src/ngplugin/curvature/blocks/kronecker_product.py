@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,10 @@ from ngplugin.curvature.blocks.factor import Factor, damped_factor
 from ngplugin.curvature.blocks.low_rank_factor import low_rank_factor, read_factor
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
 from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
+
+
+_USUAL_ROWS = 1024  # where they are not seen
+_LOWEST_RANK = 16  # whatever it takes
 
 
 class KroneckerProductBlock(AveragedBlock):
@@ -30,6 +35,7 @@ class KroneckerProductBlock(AveragedBlock):
     def __init__(self, parameters: Sequence[Tensor], layout: MatrixLayout) -> None:
         super().__init__(parameters)
         self._layout = layout
+        self.rows: float = _USUAL_ROWS  # of a step, that the map was applied to
 
     @abstractmethod
     def averaged_factors(self) -> tuple[Tensor, Tensor]:
@@ -62,12 +68,14 @@ class KroneckerProductBlock(AveragedBlock):
     def _inverted(
         self, name: str, X: Tensor, damping: Tensor, how: BlockDamping
     ) -> Factor | None:
-        if is_diagonal(X) or X.shape[-1] <= how.max_dense:
+        # Of d multiplications an element of the layer's matrix for a product with X, 2 r for one
+        # by r eigenvectors, and 3 rows for the pass forward and backward.
+        size, room = X.shape[-1], 3 * how.overhead * self.rows
+        rank = max(_LOWEST_RANK, min(how.rank, int(room) // 2))
+        if is_diagonal(X) or size <= max(room, 2 * rank):
             return damped_factor(X, damping, how.products)
         start = self._refreshed.get(f"{name}_basis")
-        return low_rank_factor(
-            X, damping, how.rank, None if start is None else start[:, : X.shape[-1]]
-        )
+        return low_rank_factor(X, damping, rank, None if start is None else start[:, :size])
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """What is added to the diagonals of A and G, `[group, 1, 1]` each.
@@ -138,6 +146,15 @@ class KroneckerProductBlock(AveragedBlock):
         V = self._layout.matrix(vectors, self._dtype, padded=True)
         GVA = self._growth * A.times_right(G.times(V))
         return self._layout.parts(GVA, vectors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Also the rows of a step."""
+        return {**super().state_dict(), "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state."""
+        super().load_state_dict(state)
+        self.rows = float(state.get("rows", _USUAL_ROWS))
 
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Products of the factors' extreme eigenvalues, over all groups."""

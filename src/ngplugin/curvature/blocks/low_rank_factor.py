@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ngplugin.curvature.blocks.block import finite
 from ngplugin.curvature.blocks.factor import DenseFactor, DiagonalFactor, Factor
-from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
+from ngplugin.curvature.blocks.symmetric import eigenvalues, is_diagonal, mean_eigenvalue
 
 _FIRST_SWEEPS = 3  # of the iteration from random vectors; from those of the last refresh, one
 
@@ -39,7 +39,8 @@ class LowRankFactor(Factor):
 
     def times(self, M: Tensor) -> Tensor:
         """X M."""
-        return self.rest * M + self.basis @ self._beside_rest(self.basis.mT @ M)
+        within = self._beside_rest(self.basis.mT @ M)
+        return torch.baddbmm(self.rest * M, self.basis, within)
 
     def solve(self, M: Tensor) -> Tensor:
         """(X + damping)⁻¹ M."""
@@ -48,8 +49,8 @@ class LowRankFactor(Factor):
 
     def times_right(self, M: Tensor) -> Tensor:
         """M X."""
-        within = M @ self.basis
-        return self.rest * M + self._beside_rest(within.mT).mT @ self.basis.mT
+        within = self._beside_rest((M @ self.basis).mT).mT
+        return torch.baddbmm(self.rest * M, within, self.basis.mT)
 
     def solve_right(self, M: Tensor) -> Tensor:
         """M (X + damping)⁻¹."""
@@ -66,9 +67,8 @@ class LowRankFactor(Factor):
 
     def extremes(self) -> tuple[Tensor, Tensor]:
         """Of T and τ."""
-        eigenvalues = torch.linalg.eigvalsh(self.matrix).clamp_min(0)  # ascending
-        rest = self.rest[:, 0, 0]
-        return torch.minimum(eigenvalues[:, 0], rest), torch.maximum(eigenvalues[:, -1], rest)
+        found, rest = eigenvalues(self.matrix), self.rest[:, 0, 0]
+        return torch.minimum(found[:, 0], rest), torch.maximum(found[:, -1], rest)
 
     def named(self, name: str) -> dict[str, Tensor]:
         """Also the others."""

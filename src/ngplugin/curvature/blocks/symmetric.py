@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ngplugin.curvature.products import quick_float32
@@ -18,6 +19,20 @@ def second_moment(rows: Tensor, diagonal: bool) -> Tensor:
         return rows.square().sum(1)
     with quick_float32():
         return rows.mT @ rows
+
+
+def eigenvalues(M: Tensor) -> Tensor:
+    """Of positive semi-definite `[group, d, d]`, ascending, `[group, d]`; nan where that fails.
+
+    Rounding may leave a tiny negative one, which counts as zero.
+    """
+    try:
+        return torch.linalg.eigvalsh(M).clamp_min(0)
+    except RuntimeError:  # once more, on the CPU because not every device knows float64
+        try:
+            return torch.linalg.eigvalsh(M.cpu().double()).clamp_min(0).to(M)
+        except RuntimeError:
+            return torch.full_like(M[..., 0], torch.nan)
 
 
 def mean_eigenvalue(M: Tensor) -> Tensor:

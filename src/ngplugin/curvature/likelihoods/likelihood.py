@@ -56,12 +56,16 @@ class Prediction(ABC):
         smallest value; see `divergence`.
         """
 
-    def divergence(self, target: Tensor) -> Tensor:
+    def divergence(self, target: Tensor, nll: Tensor | None = None) -> Tensor:
         """How far the prediction is from the data, never negative; nats, `[terms]`.
 
         The `nll`, except where that has no smallest value.
+
+        Args:
+            target: what was observed.
+            nll: of it, where it is known already.
         """
-        return self.nll(target)
+        return self.nll(target) if nll is None else nll
 
     def dispersion(
         self, target: Tensor, weight: Tensor, noise_variance: float | Literal["auto"]

@@ -230,12 +230,12 @@ class Scored(Prediction):
         """-log p(target), of which the smallest value is not known."""
         return -self.distribution.log_prob(target).reshape(-1)
 
-    def divergence(self, target: Tensor) -> Tensor:
+    def divergence(self, target: Tensor, nll: Tensor | None = None) -> Tensor:
         """The `nll` of a discrete distribution, and ½ of a continuous one.
 
         No density comes near data without noise; ½ is what a Gaussian of estimated variance has.
         """
-        nll = self.nll(target)
+        nll = self.nll(target) if nll is None else nll
         return nll if _is_discrete(self.distribution) else torch.full_like(nll, 0.5)
 
     def sample(self, seed: int) -> Tensor:

@@ -47,7 +47,7 @@ class Normal(Likelihood):
         mean, v = self._split()
         return 0.5 * (v.log() + (target - mean).square() / v)
 
-    def divergence(self, target: Tensor) -> Tensor:
+    def divergence(self, target: Tensor, nll: Tensor | None = None) -> Tensor:
         """½ (y - m)²/v, the `nll` less its smallest value at the predicted variance."""
         mean, v = self._split()
         return 0.5 * (target - mean).square() / v

@@ -161,7 +161,7 @@ class OwnPrediction(Prediction):
         """The loss itself, `[1]`."""
         return self.call.curvature.loss(self.outputs).detach().reshape(1)
 
-    def divergence(self, target: Tensor) -> Tensor:
+    def divergence(self, target: Tensor, nll: Tensor | None = None) -> Tensor:
         """Half its unit, as of squared error under its own variance, `[1]`."""
         return 0.5 * self.call.nats().reshape(1)
 
