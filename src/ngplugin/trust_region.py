@@ -272,8 +272,8 @@ class TrustRegion(StepBound):
             return
         observed = math.log(measured / predicted)
         known = self._log_ratio
-        # Less than expected is no danger, and is made up for half-way.
-        agrees = known is not None and observed - known < self._agreement
+        # Less than expected is no danger, and is made up for half-way; much less is looked at again.
+        agrees = known is not None and -2 * self._agreement < observed - known < self._agreement
         self._measurements.done(step, agrees and not surprise)
         if known is None or observed > known:
             self._log_ratio = observed

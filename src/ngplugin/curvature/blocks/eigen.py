@@ -41,6 +41,7 @@ class EigenBlock(KroneckerBlock):
 
     def _add_rows(self, a: Tensor, g: Tensor, counted: Tensor, share: float, first: int) -> None:
         super()._add_rows(a, g, counted, share, first)
+        a = a[..., : self._layout.inputs]
         if self.inverted:
             groups = slice(first, first + len(a))
             bases = [basis if is_diagonal(basis) else basis[groups] for basis in self._bases()]

@@ -11,7 +11,7 @@ from torch import Tensor
 from ngplugin.curvature.blocks.block import BlockDamping, MapBlock
 from ngplugin.curvature.blocks.kronecker_product import KroneckerProductBlock
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
-from ngplugin.curvature.blocks.symmetric import mean_eigenvalue, second_moment
+from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue, second_moment
 from ngplugin.curvature.taps import Dimensions, LookupCall, MapCall
 
 #: How rows that share a weight, the tokens or pixels of an example, count.
@@ -19,9 +19,8 @@ WeightSharing = Literal["expand", "reduce"]
 
 
 # Rows of one statistic beyond these say little more: a running average has those of twenty.
-import os
-_FEWEST_ROWS = int(os.environ.get("FEW", 1024))
-_ROWS_PER_SIZE = float(os.environ.get("PER", 2))  # of the larger factor
+_FEWEST_ROWS = 256
+_ROWS_PER_SIZE = 0.25  # of the larger factor
 
 
 class KroneckerBlock(KroneckerProductBlock, MapBlock):
@@ -118,7 +117,8 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         """Add the rows of one call of the map."""
         assert isinstance(call, MapCall), "a call of another layout"
         size = max(self._layout.inputs, self._layout.outputs)
-        a, g, stands_for = call.some_rows(score, max(_FEWEST_ROWS, _ROWS_PER_SIZE * size))
+        fewest = max(_FEWEST_ROWS, round(_ROWS_PER_SIZE * size))
+        a, g, stands_for = call.some_rows(score, fewest)
         a = a.to(self._dtype)  # [group, example, shared, in]
         g = stands_for**0.5 * g.to(self._dtype)  # [group, example, shared, out]
         parts = self.groups // call.groups
@@ -130,14 +130,15 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         a = a * counted
         if self._bias is not None:
             one = counted if call.bias is self._bias else torch.zeros_like(counted)
-            a = torch.cat([a, one], -1)
+            more = self._layout.columns - self._layout.inputs
+            a = torch.cat([a, one, one.new_zeros(*one.shape[:-1], more)], -1)
         self._add_rows(a, g, counted, share, call.first * parts)
 
     def _add_rows(self, a: Tensor, g: Tensor, counted: Tensor, share: float, first: int) -> None:
         """Add rows of inputs and scores, `[group, example, shared, d]`, from group `first` on.
 
         Args:
-            a: the inputs, zero where they do not count.
+            a: the inputs, zero where they do not count; maybe padded.
             g: the scores.
             counted: 1 or 0.
             share: of the draw.
@@ -149,6 +150,8 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         else:
             a, g, counted = (t.flatten(1, 2) for t in (a, g, counted))  # [group, row, d]
         inputs = second_moment(a, self._layout.inputs > self.max_factor)
+        d = self._layout.inputs  # without padding
+        inputs = inputs[:, :d] if is_diagonal(inputs) else inputs[:, :d, :d]
         scores = second_moment(g, self._layout.outputs > self.max_factor)
         self._add_groups("inputs", inputs, share, first)
         self._add_groups("G", scores, share, first)
