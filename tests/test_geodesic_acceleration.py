@@ -43,10 +43,7 @@ def bend(moves, scale, observation, block):
 def moves_of(model, size):
     n = flat([*model.parameters()]).numel()
     direction = unflat(size * randn(n, seed=5), [*model.parameters()])
-    return [
-        Move(p, d, 1.0, 0.5, 0.0)
-        for p, d in zip(model.parameters(), direction, strict=True)
-    ]
+    return [Move(p, d, 1.0, 0.5, 0.0) for p, d in zip(model.parameters(), direction, strict=True)]
 
 
 # -- the acceleration -----------------------------------------------------------------------------

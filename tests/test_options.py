@@ -22,6 +22,8 @@ BAD = {
     "structure": ["kroneker", "Auto", None],
     "weight_sharing": ["expanded", True, None],
     "max_factor": [0, 2.5, True],
+    "overhead": [-0.1, None, *NOT_NUMBERS],
+    "rank": [0, 2.5, True],
     "step_size": ["line", None, 1],
     "layer_balance": ["balance", None, 1],
     "products": ["bfloat16", None, 1],

@@ -15,7 +15,7 @@ class Piece:
 
     Attributes:
         ids: of its parameters.
-        along: vᵀd over these, a scalar.
+        along: |vᵀd| over these, a scalar.
         curvature: dᵀFd/Σw.
         length: that of a semi-orthogonal step.
     """

@@ -52,9 +52,7 @@ def balance(
         sizes = [_power(x, -0.5) for x in q]
     else:
         power = 1.0 if how == "orthogonal" else 0.5
-        sizes = [
-            _power(r * _power(x, -0.5), power) for r, x in zip(lengths, squares, strict=True)
-        ]
+        sizes = [_power(r * _power(x, -0.5), power) for r, x in zip(lengths, squares, strict=True)]
     # A block that does not move, or whose numbers overflow, stays as it is beside the others.
     moved = [i for i, x in enumerate(q) if sizes[i] > 0 and math.isfinite(x)]
     before, after = sum(q[i] for i in moved), sum(sizes[i] ** 2 * q[i] for i in moved)

@@ -26,9 +26,9 @@ from ngplugin.move import Move
 from ngplugin.nat_worth import BatchNatWorth, NatWorth, RunningNatWorth
 from ngplugin.objective_check import ObjectiveCheck
 from ngplugin.options import Options
+from ngplugin.proposal import Model, Proposals
 from ngplugin.report import StepReport
 from ngplugin.saved_places import Places
-from ngplugin.proposal import Model, Proposals
 from ngplugin.solver import BatchMetric, BlockSolver, MatrixFreeSolver, Solver, SubspaceSolver
 from ngplugin.step_group import StepGroup, make_dense
 from ngplugin.step_length import Applied, StepLength
@@ -102,23 +102,18 @@ class NaturalGradientStep:
         options = self.options
         if options.structure == "identity" and options.kl_radius is None:
             return Needs(statistics=False, record=False)
-        record = self._solver.needs_tape or self._bound.measurement_due(self.steps)
+        statistics = self._statistics_due()
+        busy = statistics and options.statistics_every > 1
+        record = self._solver.needs_tape or self._bound.measurement_due(self.steps, busy)
         record = record or self._steers_damping() is not None
-        record = record or options.step_size == "line-search"
-        return Needs(self._statistics_due(record), record)
+        return Needs(statistics, record or options.step_size == "line-search")
 
-    def _statistics_due(self, record: bool) -> bool:
-        """On each of the first steps, and once in every so many; not all may be seen.
-
-        One that is measured has enough to do, and leaves them to the next step.
-        """
+    def _statistics_due(self) -> bool:
+        """On each of the first steps, and once in every so many; not all may be seen."""
         every = self.options.statistics_every
-        if self.steps < max(_FIRST_STEPS, self.options.burn_in):
-            return True
-        due = self.steps // every > self._statistics_step // every
-        if due and record and every > 1 and self.steps % every == 0:
-            due = False
-        return due or self._exact_block() is not None or not self._knows_curvature()
+        usual = self.steps < max(_FIRST_STEPS, self.options.burn_in)
+        usual = usual or self.steps // every > self._statistics_step // every
+        return usual or self._exact_block() is not None or not self._knows_curvature()
 
     def _exact_block(self) -> ExactBlock | None:
         return self.fisher.exact_block
@@ -373,25 +368,25 @@ class NaturalGradientStep:
             block.remember([directions[id(p)] for p in block.parameters])
 
     def _averaged(self, groups: Sequence[StepGroup]) -> dict[int, Tensor]:
-        """What to precondition, by the id of each parameter, in units of the gradient.
+        """What to precondition, by the id of each parameter: of the objective over Σw.
 
-        The exact block's rows are of this batch alone, and so is what it is given.
+        The exact block's rows are of this batch's objective itself, and so is what it is given.
         """
-        block = self._exact_block()
-        exact = {id(p) for p in block.parameters} if block is not None else set()
-        averaged = {}
+        exact, averaged = self._exact_ids(), {}
+        # Plain gradient descent knows nothing of Σw.
+        total_weight = 1.0 if self.options.structure == "identity" else self._weight.total
         for group in groups:
             own = [p for p in group.parameters if p.grad is not None]
             averaged.update({id(p): p.grad for p in own if id(p) in exact and p.grad is not None})
             others = [p for p in own if id(p) not in exact]
             momentum = group.momentum if self._solver.averages else 0.0
-            vectors = self._momentum.propose(others, momentum, self._total_weight())
+            vectors = self._momentum.propose(others, momentum, total_weight)
             averaged.update(zip(map(id, others), vectors, strict=True))
         return averaged
 
-    def _total_weight(self) -> float:
-        """Σw of the step; plain gradient descent knows nothing of it."""
-        return 1.0 if self.options.structure == "identity" else self._weight.total
+    def _exact_ids(self) -> set[int]:
+        block = self._exact_block()
+        return set() if block is None else {id(p) for p in block.parameters}
 
     def _propose(
         self,
@@ -408,8 +403,8 @@ class NaturalGradientStep:
             curved = measured or self.steps >= self._curved_step + _CURVED_EVERY
             self._curved_step = self.steps if curved else self._curved_step
             direction = self._solver.direction(metric, averaged, curved)
-        unit = 1 / self._total_weight()
-        return self._proposals.made(groups, direction, metric, self._weight, unit, squares)
+        units = dict.fromkeys(self._exact_ids(), 1 / self._weight.total)
+        return self._proposals.made(groups, direction, metric, self._weight, units, squares)
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -430,7 +425,6 @@ class NaturalGradientStep:
             "shapes": [tuple(p.shape) for p in parameters],
             "names": names,
             "momentum": self._momentum.state_dict(parameters),
-            "momentum_weight": self._momentum.weight,
             "fisher": self.fisher.state_dict(),
             "bound": self._bound.state_dict(),
             "solver": self._solver.state_dict(parameters),
@@ -460,8 +454,7 @@ class NaturalGradientStep:
             return places  # another model: its first steps are first steps
         self.steps = int(state["steps"])
         self._unmeasured.trust()
-        momentum = places.rearranged(state["momentum"])
-        self._momentum.load_state_dict(momentum, state.get("momentum_weight", 1.0), parameters)
+        self._momentum.load_state_dict(places.rearranged(state["momentum"]), parameters)
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(places.renumbered(state["fisher"]))
         if places.same:  # else the next step is measured, and calibrates anew

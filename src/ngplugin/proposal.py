@@ -61,17 +61,18 @@ class Proposals:
         direction: Direction,
         metric: Metric,
         weight: ObjectiveWeight,
-        unit: float,
+        units: dict[int, float],
         squares: dict[int, Tensor],
     ) -> tuple[list[Move], Model]:
         """The step Δ = -lr (d + decay/lr θ) at full length, and its model.
 
         Args:
             groups: what moves, and at what rate.
-            direction: d, of a vector in units of the gradient.
+            direction: d.
             metric: F.
             weight: of the step's objective.
-            unit: what makes d that of the gradient over Σw.
+            units: what d is to be multiplied by to be that of the gradient over Σw, by the ids of
+                parameters; 1 for others.
             squares: gᵀg of each parameter.
         """
         natural = direction.natural
@@ -107,14 +108,17 @@ class Proposals:
             alongs,
             self._layer_balance,
         )
-        share_of = dict.fromkeys(natural, unit)
+        share_of = {i: units.get(i, 1.0) for i in natural}
         for piece, share in zip(direction.pieces, shares, strict=True):
-            share_of.update(dict.fromkeys(piece.ids, unit * share))
+            share_of.update((i, share * share_of[i]) for i in piece.ids)
         moves = [
-            Move(p, natural[id(p)], share_of[id(p)], group.lr, group.decay)
-            for p, _, group in moved
+            Move(p, natural[id(p)], share_of[id(p)], group.lr, group.decay) for p, _, group in moved
         ]
-        q = self._curvature(moves, direction, metric, [share**2 * c for share, c in zip(shares, curvatures, strict=True)], unit)
+        curvatures = [
+            share_of[piece.ids[0]] ** 2 * c
+            for piece, c in zip(direction.pieces, curvatures, strict=True)
+        ]
+        q = self._curvature(moves, direction, metric, curvatures)
         along = [m.share * x for m, x in zip(moves, gd, strict=True)]
         model = Model(
             # F is kept per Σw; a nat per term is ½ΔᵀFΔ over the weight in nats.
@@ -135,14 +139,11 @@ class Proposals:
         direction: Direction,
         metric: Metric,
         curvatures: Sequence[float],
-        unit: float,
     ) -> float:
-        """ΔᵀFΔ/Σw of the step at full length."""
+        """ΔᵀFΔ/Σw of the step at full length, from dᵀFd of each piece."""
         lr = {id(m.parameter): m.lr for m in moves}
         rates = [{lr.get(i, 0.0) for i in piece.ids} for piece in direction.pieces]
-        by_pieces = sum(
-            (unit * max(r)) ** 2 * c for r, c in zip(rates, curvatures, strict=True)
-        )
+        by_pieces = sum(max(r) ** 2 * c for r, c in zip(rates, curvatures, strict=True))
         plain = bool(rates) and all(len(r) == 1 for r in rates) and not any(m.decay for m in moves)
         if plain:
             return by_pieces

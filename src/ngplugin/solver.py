@@ -100,7 +100,7 @@ def of_blocks(fisher: Fisher, vectors: Parts, curved: bool = True) -> Direction:
 
 
 def _in_one_piece(vectors: Parts, natural: Parts, products: Parts) -> Direction:
-    along, curvature = inner(natural, vectors), inner(natural, products)
+    along, curvature = inner(natural, vectors).abs(), inner(natural, products)
     return Direction(natural, products, [Piece([*natural], along, curvature, 1.0)])
 
 
@@ -292,9 +292,7 @@ class _Subspace:
         matrix, right = numbers[: len(M)].reshape(len(b), len(b)), numbers[len(M) :, None]
         # The last step may be zero or next to parallel to d: of all solutions the shortest.
         shares = torch.linalg.lstsq(matrix, right, driver="gelsd").solution[:, 0].tolist()
-        return _in_one_piece(
-            vectors, _combination(shares, basis), _combination(shares, products)
-        )
+        return _in_one_piece(vectors, _combination(shares, basis), _combination(shares, products))
 
     def product(self, vectors: Parts) -> Parts:
         """By two backward passes."""
@@ -330,7 +328,6 @@ class _MatrixFree:
     ) -> None:
         self._solver = solver
         self._fisher = fisher
-        self._total = total_weight
         self._damping = fisher.isotropic_damping(damping)
         self._batch = BatchFisher(taped, fisher.parameters, total_weight)
 
@@ -341,8 +338,7 @@ class _MatrixFree:
             return Direction({})
         # Parameters without a block are left out, as they are there.
         b = {key: vectors[key].to(curvature_dtype(vectors[key])) for key in directions}
-        # That of an objective of Σw = 1.
-        last = {key: x * self._total for key, x in self._solver.last.items()}
+        last = self._solver.last
         try:
             solution = conjugate_gradients(
                 self._damped,
@@ -357,7 +353,7 @@ class _MatrixFree:
                 raise
             self._solver.give_up(str(error).split(". ")[0])
             return of_blocks(self._fisher, vectors)
-        self._solver.last = {key: x / self._total for key, x in solution.x.items()}
+        self._solver.last = solution.x
         undamped = {
             key: Ad - self._damping[key] * solution.x[key] for key, Ad in solution.product.items()
         }

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from ngplugin.curvature.blocks import ExactBlock
 from ngplugin.curvature.observation import Observation
 from ngplugin.curvature.ranks import all_ranks
@@ -21,7 +19,6 @@ _MOST_SHRINKS = 4
 _POOR = 0.25  # reduction ratio below which a step says that the next one is to be looked at
 _MOST_SEARCHED = 4  # lengths of a line search
 _FARTHEST = 4.0  # times the last length that was tried
-_SHORT = 2.0  # times as long as it is, a step is tried that may be
 _NEAR = math.log(1.1)  # another length is not worth a forward pass
 
 
@@ -96,9 +93,6 @@ class StepLength:
             factor = self._bound.shrink(kl, schedule, rise)
             if factor is None:
                 applied = Applied(scale, kl, reduction, shrinks)
-                if not shrinks:
-                    applied = self._lengthened(applied, moves, before, model, schedule, taped)
-                    scale, kl = applied.scale, applied.kl or 0.0
                 ratio = applied.ratio(model)
                 surprise = shrinks > 0 or (ratio is not None and ratio < _POOR)
                 self._bound.calibrate(step, scale**2 * model.q, kl, surprise)
@@ -109,36 +103,6 @@ class StepLength:
         # Learnt from all the same, else the next step would be the same and fail again.
         self._bound.calibrate(step, tried**2 * model.q, kl)
         return Applied(0.0, shrinks=_MOST_SHRINKS, rejected=True)
-
-    def _lengthened(
-        self,
-        applied: Applied,
-        moves: Sequence[Move],
-        before: Sequence[Tensor],
-        model: Model,
-        schedule: float,
-        taped: Sequence[Observation],
-    ) -> Applied:
-        """Go on if a step that was made turns out to be far shorter than it may be.
-
-        The calibration is from the steps before, one of which may have met with a stiff direction.
-        The longer step stays if it is within the bound and the losses fall further.
-        """
-        assert applied.kl is not None
-        assert applied.reduction is not None
-        room = min(self._bound.room(applied.kl, schedule), _FARTHEST) if applied.kl > 0 else 1.0
-        scale = min(1.0, applied.scale * room)
-        if room < _SHORT or scale < _SHORT * applied.scale or not applied.reduction > 0:
-            return applied
-        restore(moves, before)
-        move(moves, scale)
-        divergence, reduction = self._measurement.measure(taped)
-        kl = divergence / model.nats
-        if self._bound.shrink(kl, schedule) is None and reduction > applied.reduction:
-            return Applied(scale, kl, reduction)
-        restore(moves, before)
-        move(moves, applied.scale)
-        return applied
 
     def tried(
         self,

@@ -70,8 +70,13 @@ class StepBound(ABC):
         """Learn that the KL of no step can be measured."""
 
     @abstractmethod
-    def measurement_due(self, step: int) -> bool:
-        """Whether the KL of this step shall be measured."""
+    def measurement_due(self, step: int, busy: bool = False) -> bool:
+        """Whether the KL of this step shall be measured.
+
+        Args:
+            step: its number.
+            busy: it takes statistics, so that the next step were a better one.
+        """
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
@@ -102,9 +107,13 @@ class Measurements:
         self._interval = 1  # steps to the next one
         self._next = 0  # the step at which it is due
 
-    def due(self, step: int, always: bool) -> bool:
-        """Whether this step's KL is to be measured; on every step if `always`, if on any."""
-        due = always or step < self._first or step >= self._next
+    def due(self, step: int, always: bool, busy: bool) -> bool:
+        """Whether this step's KL is to be measured; on every step if `always`, if on any.
+
+        A busy step leaves it to the next, unless there was a surprise.
+        """
+        waits = busy and self._interval > 1
+        due = always or step < self._first or step >= self._next + waits
         return self._every is not None and due
 
     def done(self, step: int, expected: bool) -> None:
@@ -158,7 +167,7 @@ class NoTrustRegion(StepBound):
     def distrust(self) -> None:
         """Nothing to learn."""
 
-    def measurement_due(self, step: int) -> bool:
+    def measurement_due(self, step: int, busy: bool = False) -> bool:
         """Every so many steps."""
         return self._measure_every is not None and step % self._measure_every == 0
 
@@ -272,8 +281,8 @@ class TrustRegion(StepBound):
             return
         observed = math.log(measured / predicted)
         known = self._log_ratio
-        # Less than expected is no danger, and is made up for half-way; much less is looked at again.
-        agrees = known is not None and -2 * self._agreement < observed - known < self._agreement
+        # Less than expected is no danger, and is made up for half-way.
+        agrees = known is not None and observed - known < self._agreement
         self._measurements.done(step, agrees and not surprise)
         if known is None or observed > known:
             self._log_ratio = observed
@@ -289,12 +298,12 @@ class TrustRegion(StepBound):
         if self._log_ratio is None:
             self._log_ratio = math.log(_UNMEASURED)
 
-    def measurement_due(self, step: int) -> bool:
+    def measurement_due(self, step: int, busy: bool = False) -> bool:
         """On each of the first steps, then as often as the calibration needs it.
 
         On every step if `kl_radius` is above 0.05 nats.
         """
-        return self._measurements.due(step, always=self._large)
+        return self._measurements.due(step, self._large, busy)
 
     def state_dict(self) -> dict[str, Any]:
         """The calibration, the running loss and when to measure next."""

@@ -69,7 +69,7 @@ class BlockCurvature:
     Attributes:
         block: it.
         ids: of its parameters that have a part in the direction.
-        along: vᵀd over these, a scalar.
+        along: |vᵀd| over these, a scalar.
         value: dᵀFd/Σw.
     """
 
@@ -341,7 +341,8 @@ class Fisher:
             ids = [id(p) for p in block.parameters if id(p) in directions]
             if not ids:
                 continue
-            along = total(dot(vectors[i], directions[i]) for i in ids)
+            # Of an inverse that rounding has made indefinite it may be negative.
+            along = total(dot(vectors[i], directions[i]) for i in ids).abs()
             if all(i in products for i in ids):
                 found = total(dot(directions[i], products[i]) for i in ids)
                 block.see_curvature(along, found)

@@ -138,7 +138,9 @@ class Block(ABC):
         gᵀd is dᵀ(F + damping)d; the share of it that is F's changes slowly. Where none was seen
         it counts as all.
         """
-        return along if self._curvature_share is None else along * self._curvature_share * self.growth
+        return (
+            along if self._curvature_share is None else along * self._curvature_share * self.growth
+        )
 
     @property
     def knows_curvature(self) -> bool:

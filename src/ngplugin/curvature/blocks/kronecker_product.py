@@ -16,9 +16,9 @@ from ngplugin.curvature.blocks.low_rank_factor import low_rank_factor, read_fact
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
 from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
 
-
 _USUAL_ROWS = 1024  # where they are not seen
-_LOWEST_RANK = 16  # whatever it takes
+_SMALL_SIZE = 128  # of a factor with which any product is soon done
+_LOWEST_RANK = 32  # whatever it takes
 
 
 class KroneckerProductBlock(AveragedBlock):
@@ -65,14 +65,12 @@ class KroneckerProductBlock(AveragedBlock):
             return None
         return {**damped_A.padded(self._layout.columns).named("A"), **damped_G.named("G")}
 
-    def _inverted(
-        self, name: str, X: Tensor, damping: Tensor, how: BlockDamping
-    ) -> Factor | None:
+    def _inverted(self, name: str, X: Tensor, damping: Tensor, how: BlockDamping) -> Factor | None:
         # Of d multiplications an element of the layer's matrix for a product with X, 2 r for one
         # by r eigenvectors, and 3 rows for the pass forward and backward.
         size, room = X.shape[-1], 3 * how.overhead * self.rows
-        rank = max(_LOWEST_RANK, min(how.rank, int(room) // 2))
-        if is_diagonal(X) or size <= max(room, 2 * rank):
+        rank = max(_LOWEST_RANK, int(min(how.rank, room / 2)))
+        if is_diagonal(X) or size <= max(room, 2 * rank, _SMALL_SIZE):
             return damped_factor(X, damping, how.products)
         start = self._refreshed.get(f"{name}_basis")
         return low_rank_factor(X, damping, rank, None if start is None else start[:, :size])

@@ -18,7 +18,7 @@ _FIRST_SWEEPS = 3  # of the iteration from random vectors; from those of the las
 
 @dataclass(frozen=True)
 class LowRankFactor(Factor):
-    """X ≈ Q T Qᵀ + τ (I - Q Qᵀ), with Q `[group, d, r]` orthonormal; `matrix` is T, `[group, r, r]`.
+    """X ≈ Q T Qᵀ + τ (I - Q Qᵀ), with Q `[group, d, r]` orthonormal; `matrix` is T `[group, r, r]`.
 
     Its inverse, damped, and a product with it take 4 d r multiplications a column and not d²:
 

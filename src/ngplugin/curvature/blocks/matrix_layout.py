@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ngplugin.curvature.taps import Dimensions, as_matrices, as_weight
 
-
 _EVEN = 16  # numbers that processors multiply together
 _SMALL = 64  # a product over so few is soon done in any case
 
@@ -61,9 +60,7 @@ class MatrixLayout:
             if size > max_factor
         )
 
-    def matrix(
-        self, tensors: Sequence[Tensor], dtype: torch.dtype, padded: bool = False
-    ) -> Tensor:
+    def matrix(self, tensors: Sequence[Tensor], dtype: torch.dtype, padded: bool = False) -> Tensor:
         """Tensors of the parameters' shapes to `[group, out, in]`, or `[group, out, columns]`."""
         layout = self.groups, self.outputs, self.inputs_first, self.dims
         columns = [as_matrices(tensors[0], *layout)]

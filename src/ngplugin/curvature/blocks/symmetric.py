@@ -27,12 +27,13 @@ def eigenvalues(M: Tensor) -> Tensor:
     Rounding may leave a tiny negative one, which counts as zero.
     """
     try:
-        return torch.linalg.eigvalsh(M).clamp_min(0)
+        found: Tensor = torch.linalg.eigvalsh(M)
     except RuntimeError:  # once more, on the CPU because not every device knows float64
         try:
-            return torch.linalg.eigvalsh(M.cpu().double()).clamp_min(0).to(M)
+            found = torch.linalg.eigvalsh(M.cpu().double()).to(M)
         except RuntimeError:
             return torch.full_like(M[..., 0], torch.nan)
+    return found.clamp_min(0)
 
 
 def mean_eigenvalue(M: Tensor) -> Tensor:
