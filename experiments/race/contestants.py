@@ -151,7 +151,7 @@ class LBFGS(Training):
         self.optimizer = torch.optim.LBFGS(
             self.module.parameters(), setting["lr"], max_iter=1,
             history_size=round(setting["history_size"]), line_search_fn="strong_wolfe",
-            tolerance_grad=0.0,
+            max_eval=25, tolerance_grad=0.0,
         )  # fmt: skip
         # A step begins where the last one's line search ended: that is not to be evaluated twice.
         self.recent: list[tuple[Tensor, Tensor, list[Tensor]]] = []
