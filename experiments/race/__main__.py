@@ -76,7 +76,7 @@ def _tune(name: str, course: Course, options: argparse.Namespace) -> None:
         if name not in entry.axes or (contestant in done and not options.fresh):
             continue
         started = time.monotonic()
-        few = {"first": 2, "more": 0} if options.quick else {}
+        few = {"first": 1, "more": 0} if options.quick else {}
         trials = running.tune(entry, course, name, **few)
         results.store_tuned(name, contestant, trials, options.folder)
         setting, loss = min(trials, key=lambda trial: trial[1])
@@ -118,7 +118,7 @@ def _memory(name: str, course: Course, options: argparse.Namespace) -> None:
         sys.exit(f"{name}: nothing was raced yet; run the stage run first")
     for contestant, (entry, setting) in _entries(name, options).items():
         if contestant not in record.bytes or options.fresh:
-            steps = 6 if options.quick else memory.STEPS
+            steps = 2 if options.quick else memory.STEPS
             record.bytes[contestant] = memory.peak(entry, course, setting, steps)
             results.store(record, options.folder)
         print(f"{name}: {contestant} {record.bytes[contestant] / 2**20:.1f} MiB", flush=True)

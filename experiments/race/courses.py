@@ -94,6 +94,7 @@ COURSES = {
         metric="accuracy",
         higher=True,
         prediction="categorical",
+        points=30,
     ),
     "autoencoder": Course(
         "autoencoder 784-1000-500-250-30 and back, tanh, on the same images, batches of 500",
@@ -109,7 +110,7 @@ COURSES = {
         seconds=20,
         metric="loss",
         prediction="categorical",
-        points=36,
+        points=30,
     ),
     "implicit_image": Course(
         "a photograph of 107 x 160 pixels, Fourier features 256-128-128-128-3, batches of 4,096",
