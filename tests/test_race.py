@@ -359,7 +359,10 @@ def test_the_long_run_is_timed_to_its_error():
 
 
 def test_memory_has_what_an_optimizer_keeps_in_it():
-    size = sum(p.numel() * 4 for p in tiny().make(0)[1].parameters())
+    _, module = tiny().make(0)
+    size = sum(p.nbytes for p in module.parameters())
+    before = memory.peak(FIELD["sgd"], tiny(), {"lr": 0.1}, steps=0)
+    assert before == size + sum(b.nbytes for b in module.buffers())
     sgd, adamw = (
         memory.peak(FIELD[name], tiny(), {"lr": 0.1}, steps=3) for name in ("sgd", "adamw")
     )
