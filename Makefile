@@ -1,4 +1,4 @@
-# make train | test | matrix | lint | check | support | grid | trials | clean.
+# make train | test | matrix | lint | check | support | grid | race | trials | clean.
 # A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test matrix lint check support grid trials clean
+.PHONY: train test matrix lint check support grid race trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -37,6 +37,14 @@ support: $(INSTALLED)
 # That no choice of rate, radius and damping makes a run end above its start: half an hour.
 grid: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m experiments.grid
+
+# Against tuned optimizers, hours; `make race QUICK=1` to try it out. Each stage goes on where it
+# stopped, and those of different workloads can run at the same time.
+race: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps --requirement experiments/race/requirements.txt
+	for stage in tune run memory table; do \
+		$(ONE_THREAD) $(BIN)/python -m experiments.race $$stage $(if $(QUICK),--quick) || exit 1; \
+	done
 
 # Other people's projects, each in an environment of its own outside the repository; nothing else
 # needs them. `make trials TRIALS=molecules` for one.

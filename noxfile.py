@@ -20,11 +20,11 @@ TOOLS = (
 )  # fmt: skip
 #: They are of train.py and experiments/, whose versions requirements.txt says.
 OTHERS = (
-    "compare",
     "conf",
     "command_line",
     "grid",
     "other_tasks",
+    "race",
     "scaling",
     "support",
     "tasks",

@@ -25,14 +25,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from experiments.compare import COURSES, Course, in_precision, make
 from experiments.tasks.splits import SplitData
 from experiments.tasks.task import Task
+from experiments.workload import in_precision, make
 from ngplugin import NaturalGradientOptimizer
 
 LRS = (0.01, 0.1, 1.0, 10.0)
 RADII = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # nats per term
 DAMPINGS = (1e-8, 1e-6, 1e-4, 1e-2, 1.0)  # of each factor's mean eigenvalue
+OVERRIDES = {
+    "digits_mlp": ("experiment=digits_mlp",),
+    "mnist5k_cnn": ("data=mnist5k", "model=cnn"),
+    "autoencoder": ("experiment=autoencoder",),
+    "implicit_image": ("experiment=implicit_image",),
+    "char_transformer": ("experiment=char_transformer",),
+}
 STEPS = {
     "digits_mlp": 40,
     "mnist5k_cnn": 15,
@@ -77,9 +84,11 @@ class Cell:
         return not self.end <= self.start
 
 
-def train(course: Course, steps: int, lr: float, kl_radius: float, damping: float) -> Cell:
+def train(
+    overrides: tuple[str, ...], steps: int, lr: float, kl_radius: float, damping: float
+) -> Cell:
     """Train from the start, and judge."""
-    data, module = make(course, seed=0)
+    data, module = make(overrides, seed=0)
     start = judged(module, data)
     optimizer = NaturalGradientOptimizer(
         module.parameters(), lr=lr, kl_radius=kl_radius, damping=damping
@@ -117,14 +126,17 @@ def judged(module: Task, data: SplitData) -> float:
 
 
 def fill(
-    path: Path, course: Course, steps: int, grid: Sequence[tuple[float, float, float]]
+    path: Path,
+    overrides: tuple[str, ...],
+    steps: int,
+    grid: Sequence[tuple[float, float, float]],
 ) -> list[Cell]:
     """Train the cells that the file does not have yet, and add them to it one by one."""
     cells = [Cell(**cell) for cell in json.loads(path.read_text())] if path.exists() else []
     done = {(cell.lr, cell.kl_radius, cell.damping) for cell in cells}
     for lr, kl_radius, damping in grid:
         if (lr, kl_radius, damping) not in done:
-            cells.append(train(course, steps, lr, kl_radius, damping))
+            cells.append(train(overrides, steps, lr, kl_radius, damping))
             path.write_text(json.dumps([asdict(cell) for cell in cells], indent=0) + "\n")
     return [cell for cell in cells if (cell.lr, cell.kl_radius, cell.damping) in set(grid)]
 
@@ -207,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.fresh:
             path.unlink(missing_ok=True)
         started = time.process_time()
-        results[task] = fill(path, COURSES[task], options.steps or STEPS[task], grid)
+        results[task] = fill(path, OVERRIDES[task], options.steps or STEPS[task], grid)
         console.print(table(task, results[task]))
         console.print(f"{time.process_time() - started:.0f} seconds of the processor")
     plot(options.folder / "grid.png", results)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.optim._muon
 from torch import Tensor
 from torch.optim import AdamW, Muon, Optimizer
+
+from ngplugin.curvature.products import multiplies_bfloat16
 
 
 class MuonWithAdamW(Optimizer):
@@ -73,11 +78,38 @@ class MuonWithAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
-            part.step()
+        with _in_fast_precision(self.param_groups[0]["params"][0].device):
+            for part in self._parts:
+                part.step()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def _in_fast_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Where a processor has no products of bfloat16, Muon's are dozens of times faster without."""
+    if multiplies_bfloat16(device):
+        return nullcontext()
+    return mock.patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", orthogonalized)
+
+
+def orthogonalized(
+    G: Tensor, coefficients: Sequence[float], iterations: int, eps: float
+) -> Tensor:
+    """U Vᵀ of G = U S Vᵀ, about: singular values between 0.7 and 1.2; in G's own precision.
+
+    X ← a X + (b X Xᵀ + c (X Xᵀ)²) X from X = G/‖G‖, with X the wide one of G and Gᵀ.
+
+    Source: Jordan et al. 2024, Muon.
+    """
+    a, b, c = coefficients
+    tall = G.shape[0] > G.shape[1]
+    X = G.T if tall else G
+    X = X / X.norm().clamp_min(eps)
+    for _ in range(iterations):
+        M = X @ X.T
+        X = a * X + (b * M + c * M @ M) @ X
+    return X.T if tall else X

@@ -7,24 +7,35 @@ import math
 import pytest
 
 from experiments import grid
-from experiments.compare import Course
 
 TINY = {
-    "digits_mlp": Course(("experiment=digits_mlp", "data.batch_size=64"), steps=0),
-    "cnn": Course(("data=digits", "model=cnn", "model.channels=[8,8]"), steps=0),
-    "autoencoder": Course(
-        ("experiment=autoencoder", "data=digits", "data.batch_size=64", "data.pixels=unit",
-         "model.hidden=[48,24]", "model.code=8"), steps=0,
+    "digits_mlp": ("experiment=digits_mlp", "data.batch_size=64"),
+    "cnn": ("data=digits", "model=cnn", "model.channels=[8,8]"),
+    "autoencoder": (
+        "experiment=autoencoder",
+        "data=digits",
+        "data.batch_size=64",
+        "data.pixels=unit",
+        "model.hidden=[48,24]",
+        "model.code=8",
     ),
-    "implicit_image": Course(
-        ("experiment=implicit_image", "data.batch_size=256", "model.hidden=[32,32]",
-         "model.features=64", "data.height=30", "data.width=40"), steps=0,
+    "implicit_image": (
+        "experiment=implicit_image",
+        "data.batch_size=256",
+        "model.hidden=[32,32]",
+        "model.features=64",
+        "data.height=30",
+        "data.width=40",
     ),
-    "char_transformer": Course(
-        ("experiment=char_transformer", "data.batch_size=4", "data.context=24", "model.width=16",
-         "model.layers=1", "model.heads=2"), steps=0,
+    "char_transformer": (
+        "experiment=char_transformer",
+        "data.batch_size=4",
+        "data.context=24",
+        "model.width=16",
+        "model.layers=1",
+        "model.heads=2",
     ),
-}  # fmt: skip
+}
 CORNERS = [*itertools.product((0.01, 10.0), (1e-5, 1.0), (1e-8, 1.0))]
 
 
@@ -58,7 +69,7 @@ def test_the_script_says_how_many_failed_and_goes_on_where_it_stopped(
 ):
     trained = []
 
-    def train(course, steps, lr, kl_radius, damping):
+    def train(overrides, steps, lr, kl_radius, damping):
         trained.append(lr)
         return cell(end if lr == 10 else 1.0, lr=lr)
 

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.compare import in_precision
 from experiments.tasks.autoencoder import Autoencoder, autoencoder
 from experiments.tasks.characters import Characters, Windows
 from experiments.tasks.diamonds import Diamonds
@@ -33,6 +32,7 @@ from experiments.tasks.photograph import Photograph, places
 from experiments.tasks.poisson_equation import PoissonEquation, UnitSquare, laplacian
 from experiments.tasks.splits import Examples, SplitData, shares
 from experiments.training import make_task
+from experiments.workload import in_precision
 
 Compose = Callable[..., DictConfig]
 

@@ -60,13 +60,14 @@ class Counter(TorchDispatchMode):
         if any(not alias.is_write for alias in aliases):
             return result  # a view
         for t in outputs:
-            self._follow(t)
+            self.follow(t)
         if func._schema.name.removeprefix("aten::") not in _PRODUCTS:
             inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self.moved += sum(map(_bytes, (*inputs, *outputs)))
         return result
 
-    def _follow(self, t: Tensor) -> None:
+    def follow(self, t: Tensor) -> None:
+        """Count a tensor among those alive, until it is not."""
         storage = t.untyped_storage()
         if storage in self._known:
             return

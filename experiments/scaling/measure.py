@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from experiments.compare import COURSES, in_precision, make
 from experiments.scaling.assignment import longest_first
 from experiments.scaling.blocks import Side, blocks
 from experiments.scaling.calibration import Host
@@ -28,6 +27,7 @@ from experiments.scaling.counting import count_traffic
 from experiments.scaling.devices import INVERSE_BY_LAPACK, Device
 from experiments.scaling.models import perceptron, transformer
 from experiments.scaling.protocol import FisherStructure, Protocol
+from experiments.workload import in_precision, make
 from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.blocks.factor import damped_factor
 from ngplugin.curvature.products import inverse_dtype, quick_float32
@@ -196,7 +196,7 @@ def step_parts(
 
 def time_steps(name: str, steps: int = 100) -> dict[str, float]:
     """Seconds of the parts of a step, natural gradient's and AdamW's, of a task's own model."""
-    data, module = make(COURSES[name], seed=0)
+    data, module = make((f"experiment={name}",), seed=0)
     loader = itertools.chain.from_iterable(data.train_dataloader() for _ in itertools.count())
     batch = in_precision(next(loader), module)
     adamw = torch.optim.AdamW(module.parameters(), 1e-4, fused=True)

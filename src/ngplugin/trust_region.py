@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 _UNMEASURED = 300.0  # measured over predicted KL, where it cannot be measured
-_CAUTION = 1.1  # power of the deviance; chosen by runs of experiments/compare.py
+_CAUTION = 1.1  # power of the deviance; chosen by runs of the tasks in experiments/
 _LARGE = 0.05  # nats per term: a radius beyond which no prediction is to be relied upon
 _RISE = 0.01  # nats per term that a step of such a radius may raise its own loss by
 _AIM = 2 / 3  # share of the radius that a step is meant to use
