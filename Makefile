@@ -1,4 +1,4 @@
-# make train | test | matrix | lint | check | support | grid | trials | clean.
+# make train | test | matrix | lint | check | support | grid | cost | trials | clean.
 # A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test matrix lint check support grid trials clean
+.PHONY: train test matrix lint check support grid cost trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -37,6 +37,10 @@ support: $(INSTALLED)
 # That no choice of rate, radius and damping makes a run end above its start: half an hour.
 grid: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m experiments.grid
+
+# What a step costs: docs/cost.md, most of an hour; `make cost QUICK=1` only prints small sizes.
+cost: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m experiments.cost $(if $(QUICK),--quick,--measure)
 
 # Other people's projects, each in an environment of its own outside the repository; nothing else
 # needs them. `make trials TRIALS=molecules` for one.

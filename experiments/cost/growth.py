@@ -46,13 +46,18 @@ class Case:
     counted: int = 20
 
     def network(self) -> nn.Module:
-        """With weights as torch makes them."""
+        """With torch's own weights; deep ones, in which all vanishes with these, have He's."""
         if self.kind == "transformer":
             return nn.Sequential(
                 Transformer(SYMBOLS, TOKENS, self.width, heads=4, layers=self.depth),
                 nn.Flatten(0, 1),
             )
-        return dense(INPUTS, OUTPUTS, [self.width] * self.depth, "relu")
+        network = dense(INPUTS, OUTPUTS, [self.width] * self.depth, "relu")
+        for layer in network:
+            if self.kind == "depth" and isinstance(layer, nn.Linear):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        return network
 
     def examples(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A new batch, whose labels can be learned."""
@@ -113,7 +118,9 @@ class Run:
         if name == "condition numbers":
             return self.spectrum / self.spectrum_every
         steps = len(self.natural)
-        return sum(self.pieces[name]) / (max(steps, self.refresh_every) if name == "refresh" else steps)
+        return sum(self.pieces[name]) / (
+            max(steps, self.refresh_every) if name == "refresh" else steps
+        )
 
     @property
     def rest(self) -> float:

@@ -18,6 +18,7 @@ COUNT = 8  # matrices of a stack
 ROWS = (128, 512, 4096)  # of a statistic
 LARGEST_EMULATED = 256  # product of bfloat16 where the hardware has none: they take seconds
 COLUMNS = 128  # solved for without an inverse, beside d of them
+MORE = (1, 16)  # inputs: a bias, and a size that is a multiple of 16
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 #: What everything is divided by.
@@ -174,11 +175,24 @@ def _runs(problem: Problem) -> Runs:
         "Newton-Schulz, two turns": lambda: newton_schulz(M, X, 2),
         "G⁻¹ V A⁻¹": lambda: X @ V @ X,
     }
+    for more in MORE:  # as many inputs more, as a bias makes one
+        runs |= dict(_with_more_inputs(problem, more))
     if M.dtype == torch.float32:
         runs |= dict(_in_less_precision(M, X, V))
     for n in ROWS:
         runs |= dict(_second_moments(torch.randn(n, len(M), dtype=M.dtype)))
     return runs
+
+
+def _with_more_inputs(problem: Problem, more: int) -> Iterator[tuple[str, Callable[[], Any]]]:
+    d = len(problem.matrix)
+    wide = torch.randn(d, d + more, dtype=problem.matrix.dtype)
+    square = problem.matrix, problem.inverse
+    M, X = (torch.block_diag(t, torch.eye(more, dtype=t.dtype)) for t in square)
+
+    yield f"{PRODUCT}, d + {more}", lambda: wide @ X
+    yield f"cholesky_ex, cholesky_inverse, d + {more}", lambda: inverse_by_cholesky(M)
+    yield f"G⁻¹ V A⁻¹, d + {more}", lambda: problem.inverse @ wide @ X
 
 
 def _in_less_precision(M: Tensor, X: Tensor, V: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:

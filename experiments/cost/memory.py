@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,28 +27,28 @@ from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.products import multiplies_bfloat16
 
 STEPS = 22  # in which every piece of a step is met, also all of them together
+MAKERS = 3  # of the peak, that are named
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes, those of the parameters and buffers of the network included in no number but its own.
+    """Bytes that one optimizer's training has beside the network's own.
 
     Attributes:
-        network: parameters and buffers.
         gradients: of all parameters.
         kept: what the optimizer has between steps.
-        pass_peak: the most that is there in forward and backward, gradients and what is kept
-            included.
-        step_peak: the same of `step()`.
-        where: the function at the peak of `step()`, none outside the package.
+        pass_peak: the most that forward and backward add to that, gradients included.
+        step_peak: the most that one `step()` adds to what is there when it begins.
+        left: what forward and backward had left for that `step()`, gradients excluded.
+        made_by: the functions of the package that made most of that peak, with the bytes of each.
     """
 
-    network: int
     gradients: int
     kept: int
     pass_peak: int
     step_peak: int
-    where: str
+    left: int
+    made_by: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -76,20 +77,19 @@ class Memory:
         needs = {name: Need(**record[name]) for name in ("natural", "sgd")}
         return Memory(**{**record, **needs})
 
+    def persistent(self, kept: int) -> float:
+        """Parameters, gradients and all but `kept` of what stays, over the parameters."""
+        need = self.natural
+        return (self.parameters + need.gradients + need.kept - kept) / self.parameters
+
+    def peak(self, kept: int) -> float:
+        """The same with what `step()` adds at its peak."""
+        return self.persistent(kept) + self.natural.step_peak / self.parameters
+
     @property
     def curvature(self) -> int:
-        """What is kept beside the momentum, which is as large as the parameters."""
-        return self.natural.kept - self.sgd.kept
-
-    @property
-    def persistent(self) -> float:
-        """Parameters, gradients and state but for the curvature, over the parameters."""
-        need = self.natural
-        return (self.parameters + need.gradients + need.kept - self.curvature) / self.parameters
-
-    def peak(self, factors: int) -> float:
-        """The same at the peak of `step()`, over the parameters, `factors` being left out."""
-        return (self.parameters + self.natural.step_peak - factors) / self.parameters
+        """What stays beside a momentum as large as the parameters."""
+        return self.natural.kept - self.parameters
 
 
 def measure(workloads: Sequence[Workload]) -> list[dict[str, Any]]:
@@ -130,7 +130,9 @@ def kept(model: Model, rows: int = 0) -> int:
     found = blocks(model, "kronecker", Protocol())
     half = multiplies_bfloat16(torch.device("cpu"))
     curvature = sum(b.count * (b.bytes if half else 4 * b.numel) for b in found)
-    return 4 * model.parameters + curvature
+    # Where a parameter enters no known map, what they all were before an unmeasured step.
+    copies = 2 if model.norms or model.loose else 1
+    return 4 * copies * model.parameters + curvature
 
 
 def factors(model: Model) -> int:
@@ -154,16 +156,31 @@ def exact_rows(rows: int, parameters: int) -> int:
 # -- counted -------------------------------------------------------------------------------------
 
 
-class _Located(Counter):
-    """Knows where the peak was, too."""
+class _Makers(Counter):
+    """Knows who made what is alive, too.
 
-    where = ""
+    Attributes:
+        made: bytes alive, by the function that made them.
+        at_peak: the same at the peak since it was last set.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: dict[str, int] = {}
+        self.at_peak: dict[str, int] = {}
 
     def _follow(self, t: Tensor) -> None:
-        before = self.peak
+        storage, before = t.untyped_storage(), self.peak
+        if storage not in self._known:
+            maker, size = _function(), storage.nbytes()
+            self.made[maker] = self.made.get(maker, 0) + size
+            weakref.finalize(storage, self._unmake, maker, size)
         super()._follow(t)
         if self.peak > before:
-            self.where = _function()
+            self.at_peak = dict(self.made)
+
+    def _unmake(self, maker: str, size: int) -> None:
+        self.made[maker] -= size
 
 
 def _function() -> str:
@@ -179,35 +196,33 @@ def _function() -> str:
 
 def _needed(workload: Workload, make: Callable[[Any], Optimizer]) -> Need:
     module, batches = workload.made()
-    counter = _Located()
+    counter = _Makers()
     with counter:
         module = copy.deepcopy(module)  # so that its tensors are among those that are known
     network = counter.alive
     optimizer = make(module.parameters())
-    pass_peak = step_peak = gradients = 0
-    where = ""
-    for _, batch in zip(range(STEPS), batches, strict=False):
+    gradients = pass_peak = step_peak = left = 0
+    made_by: dict[str, int] = {}
+    for step, batch in zip(range(STEPS), batches, strict=False):
         with counter:
             optimizer.zero_grad()
-            counter.peak = counter.alive
+            before = counter.peak = counter.alive
             _backward(module, optimizer, batch)
-            pass_peak = max(pass_peak, counter.peak)
+            passed = counter.peak - before
             gradients = _gradients(module)
-            counter.peak, counter.where = counter.alive, ""
+            begun, there = counter.alive, dict(counter.made)
+            counter.peak, counter.at_peak = begun, there
             optimizer.step()
-            if counter.peak > step_peak:
-                step_peak, where = counter.peak, counter.where
-        del batch
+        if step == 0:  # makes what is then kept
+            continue
+        pass_peak = max(pass_peak, passed)
+        if counter.peak - begun >= step_peak:
+            step_peak, left = counter.peak - begun, begun - before - gradients
+            added = {name: size - there.get(name, 0) for name, size in counter.at_peak.items()}
+            made_by = dict(sorted(added.items(), key=lambda item: -item[1])[:MAKERS])
     optimizer.zero_grad()
     gc.collect()
-    return Need(
-        network,
-        gradients,
-        counter.alive - network,
-        pass_peak - network,
-        step_peak - network,
-        where,
-    )
+    return Need(gradients, counter.alive - network, pass_peak, step_peak, left, made_by)
 
 
 def _backward(module: Any, optimizer: Optimizer, batch: Any) -> None:
