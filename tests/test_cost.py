@@ -121,9 +121,12 @@ def test_what_is_timed_computes_what_its_name_says():
     low = runs["G⁻¹ V A⁻¹ of bfloat16, converted there and back"]()
     assert low.dtype == torch.float32
     assert (low - G @ V @ G).norm() < 0.05 * low.norm()
+    wider = linear_algebra._inputs(problem)
     for more in linear_algebra.MORE:
-        assert runs[f"product, d + {more}"]().shape == (16, 16 + more)
-        inverse = runs[f"cholesky_ex, cholesky_inverse, d + {more}"]()
+        assert wider[f"product, d + {more}"]().shape == (16, 16 + more)
+        preconditioned = wider[f"G⁻¹ V A⁻¹, d + {more}"]()
+        assert preconditioned.shape == (16, 16 + more)
+        inverse = wider[f"cholesky_ex, cholesky_inverse, d + {more}"]()
         torch.testing.assert_close(
             inverse[:16, :16], linear_algebra.inverse_by_cholesky(problem.matrix)
         )
@@ -176,14 +179,12 @@ def test_a_run_meets_every_piece_and_leaves_the_package_as_it_was(case):
 def test_periods_are_those_of_the_defaults():
     options = NaturalGradientOptimizer([nn.Parameter(torch.ones(1))]).options
     for case in growth.CASES:
-        last = case.first + case.counted
-        if case.counted >= options.refresh_every:
-            assert case.counted % options.refresh_every == 0
-            assert case.first >= options.refresh_every
-        else:
-            assert case.counted % options.statistics_every == 0
-            assert any(step % options.refresh_every == 0 for step in range(case.first, last))
-        assert last <= options.spectrum_every
+        period = options.refresh_every
+        if case.counted < options.refresh_every:
+            period = options.statistics_every
+        assert case.counted % period == 0
+        assert case.first >= period
+        assert case.first + case.counted <= options.spectrum_every
 
 
 # -- memory ----------------------------------------------------------------------------------------

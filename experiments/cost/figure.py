@@ -13,7 +13,7 @@ from experiments.cost.power_law import PowerLaw
 _COLOURS = ("#999999", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _DRAWN = (
     "cholesky_ex", "cholesky_ex, cholesky_inverse", "eigh", "orthogonal iteration, Cholesky-QR",
-    "Newton-Schulz, two turns", "G⁻¹ V A⁻¹", "G⁻¹ V A⁻¹, d + 1",
+    "Newton-Schulz, two turns", "G⁻¹ V A⁻¹", "XᵀX of 128 rows",
 )  # fmt: skip
 
 

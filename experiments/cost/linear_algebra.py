@@ -18,7 +18,7 @@ COUNT = 8  # matrices of a stack
 ROWS = (128, 512, 4096)  # of a statistic
 LARGEST_EMULATED = 256  # product of bfloat16 where the hardware has none: they take seconds
 COLUMNS = 128  # solved for without an inverse, beside d of them
-MORE = (1, 16)  # inputs: a bias, and a size that is a multiple of 16
+MORE = (0, 1, 16)  # inputs: none, a bias, and as many as keep a multiple of 16
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 #: What everything is divided by.
@@ -37,16 +37,24 @@ def measure(quick: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     times: dict[str, dict[str, dict[str, float]]] = {}
     stacks: dict[str, dict[str, dict[str, float]]] = {}
+    inputs: dict[str, dict[str, dict[str, float]]] = {}
     residuals: dict[str, dict[str, dict[str, float]]] = {}
     for name, dtype in DTYPES.items():
         for d in sizes:
             problem = Problem.of(d, dtype)
             times.setdefault(name, {})[str(d)] = medians(_runs(problem), seconds)
+            inputs.setdefault(name, {})[str(d)] = medians(_inputs(problem), seconds / 3)
             residuals.setdefault(name, {})[str(d)] = problem.residuals()
         for d in stacked:
             stacks.setdefault(name, {})[str(d)] = medians(_stacked(d, dtype), seconds / 3)
     bfloat16 = multiplies_bfloat16(torch.device("cpu"))
-    return {"bfloat16": bfloat16, "times": times, "stacks": stacks, "residuals": residuals}
+    return {
+        "bfloat16": bfloat16,
+        "times": times,
+        "inputs": inputs,
+        "stacks": stacks,
+        "residuals": residuals,
+    }
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,11 @@ class Problem:
         basis = torch.linalg.eigh(before).eigenvectors.flip(1).contiguous()
         found = damped(now), torch.linalg.inv(before), basis, torch.randn(d, d)
         return Problem(*(t.to(dtype) for t in found))
+
+    @property
+    def square(self) -> tuple[Tensor, Tensor]:
+        """The matrix and the old inverse."""
+        return self.matrix, self.inverse
 
     def residuals(self) -> dict[str, float]:
         """‖I - M X‖ / √d of each way to X = M⁻¹; of a basis, the share of M off its diagonal."""
@@ -175,8 +188,6 @@ def _runs(problem: Problem) -> Runs:
         "Newton-Schulz, two turns": lambda: newton_schulz(M, X, 2),
         "G⁻¹ V A⁻¹": lambda: X @ V @ X,
     }
-    for more in MORE:  # as many inputs more, as a bias makes one
-        runs |= dict(_with_more_inputs(problem, more))
     if M.dtype == torch.float32:
         runs |= dict(_in_less_precision(M, X, V))
     for n in ROWS:
@@ -184,15 +195,19 @@ def _runs(problem: Problem) -> Runs:
     return runs
 
 
-def _with_more_inputs(problem: Problem, more: int) -> Iterator[tuple[str, Callable[[], Any]]]:
-    d = len(problem.matrix)
-    wide = torch.randn(d, d + more, dtype=problem.matrix.dtype)
-    square = problem.matrix, problem.inverse
-    M, X = (torch.block_diag(t, torch.eye(more, dtype=t.dtype)) for t in square)
-
-    yield f"{PRODUCT}, d + {more}", lambda: wide @ X
-    yield f"cholesky_ex, cholesky_inverse, d + {more}", lambda: inverse_by_cholesky(M)
-    yield f"G⁻¹ V A⁻¹, d + {more}", lambda: problem.inverse @ wide @ X
+def _inputs(problem: Problem) -> Runs:
+    """A of so many inputs more, as a bias makes one; G and the outputs as they are."""
+    runs: Runs = {}
+    d, dtype = len(problem.matrix), problem.matrix.dtype
+    for more in MORE:
+        wide = torch.randn(d, d + more, dtype=dtype)
+        M, X = (torch.block_diag(t, torch.eye(more, dtype=dtype)) for t in problem.square)
+        runs |= {
+            f"{PRODUCT}, d + {more}": lambda V=wide, X=X: V @ X,
+            f"G⁻¹ V A⁻¹, d + {more}": lambda V=wide, X=X: problem.inverse @ V @ X,
+            f"cholesky_ex, cholesky_inverse, d + {more}": lambda M=M: inverse_by_cholesky(M),
+        }
+    return runs
 
 
 def _in_less_precision(M: Tensor, X: Tensor, V: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -80,6 +80,7 @@ class Study:
         tables: dict[str, Table | Findings] = {"algebra findings": self.algebra_findings()}
         for dtype in algebra.DTYPES:
             tables[f"algebra {dtype}"] = self.in_products(dtype)
+            tables[f"inputs {dtype}"] = self.inputs(dtype)
             tables[f"stacks {dtype}"] = self.stacks(dtype)
         for dtype in algebra.DTYPES:
             tables[f"milliseconds {dtype}"] = self.milliseconds(dtype)
@@ -116,6 +117,22 @@ class Study:
             cells = (cell(by, name) if name in by else "" for by in times.values())
             table.add(name, *cells)
         return table
+
+    def inputs(self, dtype: str) -> Table:
+        """Of more inputs, over what it is of none more."""
+        found = self.records["linear_algebra"]["found"]["inputs"][dtype]
+        table = Table(f"{dtype}, more inputs over none", ("", *found))
+        for name in _names(found.values()):
+            usual = f"{name.rpartition('+')[0]}+ 0"
+            if name != usual:
+                table.add(name, *(f"{by[name] / by[usual]:.2f}" for by in found.values()))
+        return table
+
+    def more_inputs(self, name: str, sizes: Sequence[int]) -> str:
+        """The same in words, of float32."""
+        found = self.records["linear_algebra"]["found"]["inputs"]["float32"]
+        usual = f"{name.rpartition('+')[0]}+ 0"
+        return _span([found[str(d)][name] / found[str(d)][usual] for d in sizes])
 
     def stacks(self, dtype: str) -> Table:
         """What one call for a stack saves."""
@@ -174,9 +191,10 @@ class Study:
                 f"{_span([residuals[str(d)][newton] for d in faster])}; the residual grows "
                 f"instead of shrinking at {_list(worse)}.",
                 f"Multiplying a gradient with both inverses takes {span(solved)} products, "
-                f"{span(solved + ', d + 1')} with the one input more that a bias is, and "
-                f"{span(solved + ', d + 16')} with sixteen more. In twenty steps it is done twenty "
-                f"times and a refresh of both factors once: from {first} on that refresh is "
+                f"{self.more_inputs(f'{solved}, d + 1', large)} times as long with the one input "
+                f"more that a bias is, {self.more_inputs(f'{solved}, d + 16', large)} times with "
+                "sixteen more. In twenty steps it is done twenty times and a refresh of both "
+                f"factors once: from {first} on that refresh is "
                 f"{_percent(2 * units[inverse][d] / (20 * units[solved][d]) for d in large)} of "
                 "those products.",
                 "Solving triangular systems for all columns each time, without an inverse, takes "
