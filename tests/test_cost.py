@@ -53,9 +53,9 @@ def test_alternatives_take_turns_and_the_median_is_of_one_call(monkeypatch):
         now += seconds
 
     monkeypatch.setattr(time, "process_time", lambda: now)
-    found = medians({"a": lambda: run("a", 1.0), "b": lambda: run("b", 0.5)}, 0, least=3)
-    assert found == {"a": pytest.approx(1.0), "b": pytest.approx(0.5)}
-    assert called == ["a", "a", "b", "b", *"ababab"]
+    found = medians({"a": lambda: run("a", 1.0), "b": lambda: run("b", 6e-4)}, 0, least=3)
+    assert found == {"a": pytest.approx(1.0), "b": pytest.approx(6e-4)}
+    assert called == ["a", "a", "b", "b", *3 * "abbbb"]  # what is fast, several times a sample
 
 
 def test_pieces_within_pieces_are_counted_once(monkeypatch):
@@ -201,12 +201,12 @@ def test_formulas_predict_the_bytes_that_are_kept(workload, monkeypatch):
     # The parameters before a step are there after unmeasured steps only, and these are measured.
     if not workload.rows and (shapes.norms or shapes.loose):
         predicted -= 4 * shapes.parameters
-    assert found.kept == pytest.approx(predicted, rel=0.05)
+    assert found.kept == pytest.approx(predicted, rel=1e-3)
 
 
 def test_the_stored_bytes_are_those_of_the_formulas():
     for m in Study(script.stored()).memories:
-        assert m.predicted == pytest.approx(m.natural.kept, rel=0.05), m.workload
+        assert m.predicted == pytest.approx(m.natural.kept, rel=1e-3), m.workload
         assert m.sgd.kept == m.natural.gradients == m.parameters
 
 
