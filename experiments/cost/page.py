@@ -291,8 +291,8 @@ class Study:
             largest = max(parts, key=lambda name: parts[name])
             sentences.append(
                 f"{_KINDS[kind]}, batch {batch}: {first.ratio:.1f} times SGD's step at {small:,}, "
-                f"{last.ratio:.1f} times at {large:,}, of which the largest piece beside SGD's step "
-                f"is {largest}, {100 * parts[largest] / last.step:.0f} %."
+                f"{last.ratio:.1f} times at {large:,}; the largest piece of it beside SGD's is "
+                f"{largest}, {100 * parts[largest] / last.step:.0f} %."
             )
         return Findings(tuple(sentences))
 
