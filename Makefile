@@ -1,4 +1,4 @@
-# make train | test | matrix | lint | check | support | grid | race | trials | clean.
+# make train | test | matrix | lint | check | support | grid | race | cost | trials | clean.
 # A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test matrix lint check support grid race trials clean
+.PHONY: train test matrix lint check support grid race cost trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -45,6 +45,10 @@ race: $(INSTALLED)
 	for stage in tune run memory table; do \
 		$(ONE_THREAD) $(BIN)/python -m experiments.race $$stage $(if $(QUICK),--quick) || exit 1; \
 	done
+
+# What a step costs: docs/cost.md, most of an hour; `make cost QUICK=1` only prints small sizes.
+cost: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m experiments.cost $(if $(QUICK),--quick,--measure)
 
 # Other people's projects, each in an environment of its own outside the repository; nothing else
 # needs them. `make trials TRIALS=molecules` for one.

@@ -96,9 +96,7 @@ def _in_fast_precision(device: torch.device) -> AbstractContextManager[Any]:
     return mock.patch.object(torch.optim._muon, "_zeropower_via_newtonschulz", orthogonalized)
 
 
-def orthogonalized(
-    G: Tensor, coefficients: Sequence[float], iterations: int, eps: float
-) -> Tensor:
+def orthogonalized(G: Tensor, coefficients: Sequence[float], iterations: int, eps: float) -> Tensor:
     """U Vᵀ of G = U S Vᵀ, about: singular values between 0.7 and 1.2; in G's own precision.
 
     X ← a X + (b X Xᵀ + c (X Xᵀ)²) X from X = G/‖G‖, with X the wide one of G and Gᵀ.
