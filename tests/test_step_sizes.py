@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ngplugin import NaturalGradient, NaturalGradientOptimizer
+from ngplugin.proposal import Model
+from ngplugin.step_length import Applied
 from ngplugin.trust_region import TrustRegion
 from tests.oracle import double, flat, jacobian, randn
 
@@ -235,3 +237,59 @@ def test_a_step_that_raises_its_own_loss_by_more_than_the_radius_is_shortened():
     bound.calibrate(20, 1.0, 2.0)
     bound.calibrate(21, 1.0, 2.0, surprise=True)
     assert bound.measurement_due(22)
+
+
+# -- between the steps that are measured ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.3)])
+def test_the_predicted_kl_of_a_step_between_is_about_that_of_its_whole_product(decay, rates):
+    """½ΔᵀFΔ with the blocks as they are, of the step that was made."""
+    model = network()
+    weights, biases = ([p for p in model.parameters() if p.dim() == d] for d in (2, 1))
+    optimizer = NaturalGradientOptimizer(
+        [
+            {"params": group, "lr": lr, "weight_decay": decay}
+            for group, lr in zip((weights, biases), rates, strict=True)
+        ],
+        kl_radius=0.01,
+        structure="kronecker",
+        noise_variance=1.0,
+    )
+    checked = {True: 0, False: 0}
+    parameters = weights + biases
+    for seed in range(40):
+        before = [p.detach().clone() for p in parameters]
+        step(model, optimizer, x=randn(40, 4, seed=seed), y=randn(40, 2, seed=seed + 1))
+        delta = {id(p): p.detach() - old for p, old in zip(parameters, before, strict=True)}
+        fisher = optimizer._engine.fisher
+        exact = 0.5 * sum(
+            float((delta[key] * part).sum()) for key, part in fisher.product(delta).items()
+        )
+        measured = optimizer.report.kl is not None
+        ratio = optimizer.report.kl_predicted / exact
+        assert abs(math.log(ratio)) < (1e-6 if measured else math.log(2))
+        checked[measured] += 1
+    assert min(checked.values()) > 8
+
+
+def test_differences_of_losses_that_rounding_may_have_made_say_nothing():
+    applied = Applied(1.0, kl=1e-9, reduction=-1e-7)
+    assert applied.ratio(Model(slope=1e-6, nats=2.0, rounding=1e-5)) is None
+    assert applied.ratio(Model(slope=1e-4, nats=2.0, rounding=1e-5)) == pytest.approx(-1e-3)
+    # float32 has seven digits, and a saturated classifier's losses are differences of large ones.
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+    x, y = randn(60, 4).float(), torch.arange(60) % 3
+    x = x + 8 * F.one_hot(y, 4)
+    optimizer = NaturalGradientOptimizer(model.parameters(), structure="kronecker")
+    reports = []
+    for _ in range(150):
+        loss = step(model, optimizer, F.cross_entropy, x, y)
+        reports.append(optimizer.report)
+    assert loss < 1e-5
+    late = [r for r in reports[100:] if r.kl is not None]
+    assert len(late) < 25
+    assert all(r.reduction_ratio is None for r in late)
+    assert sum(r.shrinks for r in late) == 0

@@ -150,6 +150,16 @@ def test_a_kl_that_is_smaller_than_expected_is_no_surprise():
     assert steps == [0, 1, 3, 7, 15, 23, 31, 39, 47, 55]
 
 
+def test_a_step_that_takes_statistics_leaves_its_measurement_to_the_next_unless_surprised():
+    bound = TrustRegion(0.03, measure_every=8, measure_first=1)
+    steps = []
+    for step in range(40):
+        if bound.measurement_due(step, busy=step % 5 == 0):
+            steps.append(step)
+            bound.calibrate(step, 1e-3, 1e-3, surprise=step == 24)
+    assert steps == [0, 1, 3, 7, 16, 24, 25, 27, 31, 39]  # not 15; 25 after a surprise
+
+
 def test_steps_of_a_large_radius_are_all_measured_and_may_not_raise_the_loss_by_much():
     bound = TrustRegion(1.0, measure_every=8, measure_first=1)
     assert measured_steps(bound, lambda step: 3.0) == [*range(60)]

@@ -1,13 +1,15 @@
 """The whole block-diagonal matrix: refreshes, condition numbers, empirical parts, saving."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ngplugin.curvature.blocks import BlockDamping
-from ngplugin.curvature.fisher import Fisher, refresh_due
+from ngplugin.curvature.blocks import BlockDamping, DiagonalBlock
+from ngplugin.curvature.fisher import Fisher, refresh_due, turns
 from tests.oracle import dense_average, dense_damped, double, flat, observe, randn
 
 F = torch.nn.functional
@@ -42,6 +44,113 @@ def test_refreshes_come_at_steps_0_1_2_4_8_and_then_every_so_often():
 @given(st.integers(0, 10_000), st.integers(1, 500))
 def test_no_inverse_gets_older_than_asked_for(start, every):
     assert any(refresh_due(step, every) for step in range(start, start + every))
+
+
+@given(st.lists(st.integers(1, 1000), max_size=30), st.integers(1, 30), st.integers(1, 30))
+def test_each_block_has_a_turn_and_no_step_much_more_to_do_than_it_must(works, every, busy):
+    found = turns(works, every, busy)
+    assert len(found) == len(works)
+    assert all(0 <= turn < every for turn in found)
+    free = [step for step in range(every) if step % busy > 1] or [*range(every)]
+    assert set(found) <= set(free)
+    loads = [sum(w for w, t in zip(works, found, strict=True) if t == turn) for turn in free]
+    assert max(loads) <= sum(works) / len(free) + max(works, default=0) + 1e-9
+
+
+def test_after_the_first_steps_blocks_are_inverted_in_turn(monkeypatch):
+    fisher, _ = observed()
+    assert [step for step in range(20) if fisher.due(step, 20, 5) is None] == [0, 1, 2, 4, 8, 16]
+    assert all(fisher.due(step, 20, 5) == [] for step in (3, 5, 6, 7, 9, 17, 19))
+    for start in (20, 60):
+        due = [fisher.due(step, 20, 5) for step in range(start, start + 20)]
+        assert sorted(id(b) for blocks in due for b in blocks) == sorted(map(id, fisher.blocks))
+        assert max(map(len, due)) == 1
+        assert not due[0]
+        assert not due[1]
+    monkeypatch.setattr("ngplugin.curvature.fisher.several_ranks", lambda: True)
+    assert [step for step in range(20, 90) if fisher.due(step, 20, 5) is None] == [20, 40, 60, 80]
+
+
+def test_only_those_whose_turn_it_is_are_inverted_and_new_ones():
+    fisher, _ = observed()
+    first, *others = fisher.blocks
+    fisher.refresh(BlockDamping(0.1), [first])  # none has an inverse yet
+    before = {block: block._refreshed for block in fisher.blocks}
+    fisher.refresh(BlockDamping(0.1), [first])
+    assert first._refreshed is not before[first]
+    assert all(block._refreshed is before[block] for block in others)
+
+
+# -- curvature along a direction ------------------------------------------------------------------
+
+
+def test_the_curvature_of_a_direction_is_its_product_with_f_or_what_that_was_before():
+    fisher, parameters = observed()
+    fisher.refresh(BlockDamping(0.3))
+    one, two = (
+        {id(p): randn(*p.shape, seed=k + i) for i, p in enumerate(parameters)} for k in (0, 50)
+    )
+
+    def curvatures(vectors, curved):
+        natural, products = fisher.precondition(vectors, curved)
+        found = fisher.curvature(vectors, natural, products)
+        assert [f.block for f in found] == fisher.blocks
+        return natural, products, torch.stack([f.value for f in found])
+
+    natural, products, first = curvatures(one, False)  # none is known yet, so all are formed
+    assert products.keys() == natural.keys()
+    for block, value in zip(fisher.blocks, first, strict=True):
+        d, Fd = (flat([part[id(p)] for p in block.parameters]) for part in (natural, products))
+        torch.testing.assert_close(value, d @ Fd)
+    twice = {key: 2 * part for key, part in one.items()}
+    _, products, known = curvatures(twice, False)
+    assert products == {}
+    torch.testing.assert_close(known, 4 * first)
+    _, _, guessed = curvatures(two, False)
+    _, _, exact = curvatures(two, True)
+    assert (guessed / exact).log().abs().max() < math.log(3)
+    assert not torch.allclose(guessed, exact)
+
+
+def test_the_curvature_grows_with_the_average_and_is_looked_at_anew_after_an_inversion():
+    fisher, parameters = observed()
+    fisher.refresh(BlockDamping(0.3))
+    v = {id(p): randn(*p.shape, seed=i) for i, p in enumerate(parameters)}
+    block = fisher.block(parameters[0])
+    for curved in (True, False):
+        natural, products = fisher.precondition(v, curved)
+        value = fisher.curvature(v, natural, products)[0].value
+        if curved:
+            before = value
+            block._growth = torch.full((1, 1, 1), 3.0).double()
+    torch.testing.assert_close(value, 3 * before)
+    assert block.knows_curvature
+    block.refresh(BlockDamping(0.3))
+    assert not block.knows_curvature
+
+
+def test_a_block_of_which_nothing_is_known_counts_all_of_its_gradient_as_curvature():
+    block = DiagonalBlock(torch.nn.Parameter(torch.ones(2)))
+    assert float(block.curvature(torch.tensor(7.0))) == 7.0
+    block.see_curvature(torch.tensor(0.0), torch.tensor(0.0))  # of a gradient of zero
+    assert float(block.curvature(torch.tensor(7.0))) == 7.0
+
+
+def test_eigenvalues_that_cannot_be_had_end_no_run(monkeypatch):
+    fisher, _ = observed()
+    fisher.refresh(BlockDamping(0.3))
+    tried = []
+
+    def fails(matrix):
+        tried.append(matrix.dtype)
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    exact = fisher.condition()
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    found = fisher.condition()
+    assert tried
+    assert exact.damped > 1
+    assert math.isnan(found.damped)
 
 
 @pytest.mark.parametrize("diagonal", [False, True])

@@ -406,7 +406,7 @@ class Fisher:
         low, high, damped_low, damped_high = largest_over_ranks(extremes).double().tolist()
         epsilon = torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
         undamped = high / max(-low, epsilon * high) if high > 0 else math.nan
-        return Condition(undamped, damped_high / -damped_low if damped_low < 0 else math.inf)
+        return Condition(undamped, math.inf if damped_low >= 0 else damped_high / -damped_low)
 
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""

@@ -12,7 +12,7 @@ from torch import Tensor
 Dimensions = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-_FEWEST_EXAMPLES = 16  # that rows are taken of, see `MapCall.some_rows`
+_FEWEST_EXAMPLES = 8  # that rows are taken of, see `MapCall.some_rows`
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class MapCall:
 
         Args:
             score: the gradient of the output.
-            fewest: rows that are enough, about; at least 16 examples are taken all the same, since
+            fewest: rows that are enough, about; at least 8 examples are taken all the same, since
                 the rows of one resemble each other.
 
         Returns:
