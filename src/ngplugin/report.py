@@ -14,7 +14,8 @@ class StepReport:
     Attributes:
         step: optimizer steps before this one.
         kl: measured KL(p_θ ‖ p_θ+Δ) on the step's own batch; None if not measured.
-        kl_predicted: ½ΔᵀFΔ/Σw of the step as applied, F undamped.
+        kl_predicted: ½ΔᵀFΔ/Σw of the step as applied, F undamped; between steps whose KL is
+            measured from the share of the damped product that it was then.
         kl_radius: the bound on the KL at this step.
         step_scale: what the trust region multiplied the proposed step by, in [0, 1].
         damping: λ; that of the exact block, if there is one, for the next step.

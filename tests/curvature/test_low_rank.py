@@ -222,3 +222,9 @@ def test_a_block_that_was_never_seen_has_no_rows_of_its_own():
     fisher = Fisher()
     assert fisher.due(0, 20, 5) is None  # all of none
     assert list(fisher.due(25, 20, 5)) == []
+
+
+def test_the_coverage_table_says_which_factors_they_are():
+    _, optimizer, _ = trained(1)
+    first = optimizer.coverage().rows[0]
+    assert "inputs 151 by 32 eigenvectors; outputs 200 by 32 eigenvectors" in first.reason

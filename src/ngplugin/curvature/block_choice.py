@@ -144,7 +144,7 @@ class BlockChoice:
         use = self._use.get(id(parameter))
         by_feature = use is not None and not self._other_uses.get(id(parameter), False)
         block = self._gradient_block(parameter, elementwise=by_feature)
-        self.settle(block, [(use or "used by no linear map that is known") + block.note()])
+        self.settle(block, [use or "used by no linear map that is known"])
         return block
 
     def _gradient_block(self, parameter: Tensor, elementwise: bool) -> GradientBlock:
@@ -205,10 +205,10 @@ class BlockChoice:
             block = HalfDiagonalBlock(weight)
         else:
             block = self._map_block(maps, old, shared)
-        reasons = [reason + block.note()]
+        reasons = [reason]
         if not all(block.takes(call) for call in calls):
             block = self._gradient_block(weight, elementwise=False)
-            reasons = [f"{reason}, which no one map's block can hold{block.note()}"]
+            reasons = [f"{reason}, which no one map's block can hold"]
         elif len(block.parameters) > 1:
             reasons.append(f"bias of {calls[0].kind}, an input of value 1")
         self.settle(block, reasons)

@@ -410,7 +410,9 @@ class Fisher:
 
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""
-        reason = self._choice.reason(parameter)
+        reason, block = self._choice.reason(parameter), self.block(parameter)
+        if block is not None and parameter is block.parameters[0]:
+            reason += block.note()
         why_not = self.exact and self.exact.why_not(parameter)
         return f"{reason}; not exact: {why_not}" if why_not else reason
 

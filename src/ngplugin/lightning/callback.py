@@ -84,7 +84,8 @@ class NaturalGradient(Callback):
             `"full"`.
         decay: of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; those of the first five are all taken.
-        refresh_every: steps between inversions, after those at steps 0, 1, 2, 4, 8, ...
+        refresh_every: steps between two inversions of a block, after those of all at steps 0, 1, 2,
+            4, 8, ...; blocks take turns.
         burn_in: first steps that only gather statistics.
         noise_variance: of squared-error losses: `"auto"`, the batch's mean squared error,
             `"running"`, averaged over steps, or a number.

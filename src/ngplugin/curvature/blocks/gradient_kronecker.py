@@ -47,8 +47,8 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
         return not parameter.is_complex() and sum(size > 1 for size in parameter.shape) > 1
 
     def note(self) -> str:
-        """Which factors are diagonals, for their size."""
-        return self._layout.oversized(self.max_factor)
+        """Which factors are not whole, for their size."""
+        return self._layout.oversized(self.max_factor) + super().note()
 
     def layout(self) -> dict[str, Any]:
         """The size limit."""

@@ -87,8 +87,8 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         self._step_rows = 0.0  # of the calls since the last statistic
 
     def note(self) -> str:
-        """Which factors are diagonals, for their size."""
-        return self._layout.oversized(self.max_factor)
+        """Which factors are not whole, for their size."""
+        return self._layout.oversized(self.max_factor) + super().note()
 
     def layout(self) -> dict[str, Any]:
         """Everything but the weight and the bias."""

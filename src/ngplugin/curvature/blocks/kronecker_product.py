@@ -37,6 +37,15 @@ class KroneckerProductBlock(AveragedBlock):
         self._layout = layout
         self.rows: float = _USUAL_ROWS  # of a step, that the map was applied to
 
+    def note(self) -> str:
+        """Which factors are kept by their leading eigenvectors, since the last refresh."""
+        sides = (("A", "inputs", self._layout.inputs), ("G", "outputs", self._layout.outputs))
+        return "".join(
+            f"; {side} {size:,} by {self._refreshed[f'{name}_basis'].shape[-1]} eigenvectors"
+            for name, side, size in sides
+            if f"{name}_basis" in self._refreshed
+        )
+
     @abstractmethod
     def averaged_factors(self) -> tuple[Tensor, Tensor]:
         """A and G by the averages, `[group, d, d]` or their diagonals `[group, d]`."""
