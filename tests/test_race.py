@@ -161,7 +161,12 @@ def test_everyone_learns_who_can(name, course):
         assert len(FIELD[name].unable[course]) > 20
         return
     small = {
-        "autoencoder": ("model.hidden=[40,20]", "data=digits", "data.pixels=unit"),
+        "autoencoder": (
+            "model.hidden=[40]",
+            "data=digits",
+            "data.pixels=unit",
+            "data.batch_size=50",
+        ),
         "mnist5k_cnn": ("data=digits", "data.batch_size=64"),
         "implicit_image": ("data.height=20", "data.width=30", "data.batch_size=128"),
         "char_transformer": ("model.width=32", "data.context=16"),

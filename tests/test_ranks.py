@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ngplugin import KlMatching, NaturalGradientOptimizer, OptionError, step_length
+from ngplugin import KlMatching, NaturalGradientOptimizer, OptionError
 from ngplugin.curvature import sharing
+from ngplugin.curvature.fisher import Fisher
 from tests.oracle import double, flat, randn
 
 F = torch.nn.functional
@@ -183,9 +184,14 @@ def train(scenario: Scenario, model: nn.Module, share: slice) -> dict[str, Any]:
     """Parameters and reports after some steps on a share of the batches."""
     parameters = [*model.parameters()]
     if scenario.rounding and dist.get_rank() == 1:
-        curvature = step_length._curvature
+        precondition = Fisher.precondition
         wrong = 1 + scenario.rounding
-        step_length._curvature = lambda moves, metric: wrong * curvature(moves, metric)
+
+        def rounded(self: Fisher, vectors: Any, curved: bool = True) -> Any:
+            natural, products = precondition(self, vectors, curved)
+            return natural, {key: wrong * part for key, part in products.items()}
+
+        Fisher.precondition = rounded  # type: ignore[method-assign]
     optimizer = NaturalGradientOptimizer(parameters, **scenario.options)
     reports = []
     for seed in range(STEPS):
@@ -206,7 +212,7 @@ def train(scenario: Scenario, model: nn.Module, share: slice) -> dict[str, Any]:
         report = dataclasses.asdict(optimizer.report)
         reports.append({k: v for k, v in report.items() if k not in ("seconds", "overhead")})
     if scenario.rounding and dist.get_rank() == 1:
-        step_length._curvature = curvature
+        Fisher.precondition = precondition  # type: ignore[method-assign]
     fisher = optimizer._engine.fisher
     return {
         "weights": flat(parameters),

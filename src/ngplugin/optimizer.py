@@ -126,8 +126,7 @@ class NaturalGradientOptimizer(Optimizer):
         decay: β of the running average of F, in [0, 1).
         statistics_every: steps between statistics of F; the first five steps give one each.
         refresh_every: steps between two inversions of a block, after those of all blocks at steps
-            0, 1, 2, 4, 8, ...; blocks take turns, so that no step has much to invert. (Of several
-            processes, each inverts some, and all at once.)
+            0, 1, 2, 4, 8, ...; blocks take turns, so that no step has much to invert.
         burn_in: first steps that only gather statistics and move nothing.
         noise_variance: σ² of squared-error losses. `"auto"`: the batch's mean squared error.
             `"running"`: what a nat is worth by the batches, averaged over observed steps with

@@ -57,7 +57,7 @@ def test_each_block_has_a_turn_and_no_step_much_more_to_do_than_it_must(works, e
     assert max(loads) <= sum(works) / len(free) + max(works, default=0) + 1e-9
 
 
-def test_after_the_first_steps_blocks_are_inverted_in_turn(monkeypatch):
+def test_after_the_first_steps_blocks_are_inverted_in_turn():
     fisher, _ = observed()
     assert [step for step in range(20) if fisher.due(step, 20, 5) is None] == [0, 1, 2, 4, 8, 16]
     assert all(fisher.due(step, 20, 5) == [] for step in (3, 5, 6, 7, 9, 17, 19))
@@ -67,8 +67,6 @@ def test_after_the_first_steps_blocks_are_inverted_in_turn(monkeypatch):
         assert max(map(len, due)) == 1
         assert not due[0]
         assert not due[1]
-    monkeypatch.setattr("ngplugin.curvature.fisher.several_ranks", lambda: True)
-    assert [step for step in range(20, 90) if fisher.due(step, 20, 5) is None] == [20, 40, 60, 80]
 
 
 def test_only_those_whose_turn_it_is_are_inverted_and_new_ones():

@@ -237,15 +237,14 @@ class Fisher:
     def due(self, step: int, every: int, busy: int) -> Sequence[Block] | None:
         """Whose inverses are due; None for all.
 
-        After the first steps the blocks take turns. Of several processes, each of which inverts
-        some, all are done at once.
+        After the first steps the blocks take turns.
 
         Args:
             step: its number.
             every: steps between two inversions of a block.
             busy: see `turns`.
         """
-        if step < every or several_ranks():
+        if step < every:
             return None if refresh_due(step, every) else []
         blocks = [b for b in self.blocks if isinstance(b, AveragedBlock) and b.ready]
         if blocks != self._in_turn:

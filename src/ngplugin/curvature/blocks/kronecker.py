@@ -164,7 +164,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
 
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
         """Σ aaᵀ, Σ ggᵀ / Σw, and the number of rows, `[group, 1, 1]`."""
-        self.rows, self._step_rows = self._step_rows, 0.0
+        self.rows, self._step_rows = max(1.0, self._step_rows), 0.0
         return {"inputs": added["inputs"], "G": added["G"] / total_weight, "rows": added["rows"]}
 
     def discard(self) -> None:
