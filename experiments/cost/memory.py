@@ -169,13 +169,14 @@ class _Makers(Counter):
         self.made: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
 
-    def _follow(self, t: Tensor) -> None:
+    def follow(self, t: Tensor) -> None:
+        """Also by its maker."""
         storage, before = t.untyped_storage(), self.peak
         if storage not in self._known:
             maker, size = _function(), storage.nbytes()
             self.made[maker] = self.made.get(maker, 0) + size
             weakref.finalize(storage, self._unmake, maker, size)
-        super()._follow(t)
+        super().follow(t)
         if self.peak > before:
             self.at_peak = dict(self.made)
 
