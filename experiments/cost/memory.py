@@ -27,6 +27,7 @@ from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.products import multiplies_bfloat16
 
 STEPS = 22  # in which every piece of a step is met, also all of them together
+MORE = 6  # steps, the most until one is not measured; an exact block measures all
 MAKERS = 3  # of the peak, that are named
 
 
@@ -204,7 +205,9 @@ def _needed(workload: Workload, make: Callable[[Any], Optimizer]) -> Need:
     optimizer = make(module.parameters())
     gradients = pass_peak = step_peak = left = 0
     made_by: dict[str, int] = {}
-    for step, batch in zip(range(STEPS), batches, strict=False):
+    for step, batch in zip(range(STEPS + MORE), batches, strict=False):
+        if step >= STEPS and not _measured(optimizer):
+            break
         with counter:
             optimizer.zero_grad()
             before = counter.peak = counter.alive
@@ -224,6 +227,12 @@ def _needed(workload: Workload, make: Callable[[Any], Optimizer]) -> Need:
     optimizer.zero_grad()
     gc.collect()
     return Need(gradients, counter.alive - network, pass_peak, step_peak, left, made_by)
+
+
+def _measured(optimizer: Optimizer) -> bool:
+    """Whether the last step was; then nothing is kept to take it back with."""
+    natural = isinstance(optimizer, NaturalGradientOptimizer)
+    return natural and optimizer.report is not None and optimizer.report.kl is not None
 
 
 def _backward(module: Any, optimizer: Optimizer, batch: Any) -> None:
