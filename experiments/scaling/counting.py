@@ -167,6 +167,7 @@ def count_steps(
     network: Network,
     cg_iterations: int = 1,
     overhead: float = math.inf,
+    last: str | None = None,
 ) -> dict[str, Count]:
     """A step of each kind: those of `_KINDS`, and measured, which has F d too.
 
@@ -179,6 +180,7 @@ def count_steps(
         network: what is trained.
         cg_iterations: of a matrix-free step.
         overhead: beyond which factors are kept by their leading eigenvectors.
+        last: the kind after which to stop; None for all kinds.
     """
     options: dict[str, Any] = {
         "structure": structure, "cg_iterations": cg_iterations, "overhead": overhead,
@@ -190,6 +192,8 @@ def count_steps(
         kind = _KINDS.get((step % 4 == 0, powers, step % CURVED_EVERY == 0))
         if kind is not None:
             found.setdefault(kind, count)
+        if kind is not None and kind == last:
+            return found
         if found.keys() == {*_KINDS.values()}:
             break
     if structure == "matrix-free":
@@ -297,8 +301,8 @@ def count_traffic(
     What only rows explain of a measurement or of a matrix-free step is left out: it is the traffic
     of forward and backward passes, whose time is that of their FLOPs.
     """
-    # With all factors whole; and where they may be, with those by eigenvectors that can.
-    overheads = (math.inf,) if structure in ("eigen", "diagonal") else (math.inf, 0.0)
+    # With all factors whole; and where that is told apart, with those by eigenvectors that can be.
+    overheads = (math.inf, 0.0) if structure in ("kronecker", "identity") else (math.inf,)
     cases = [(network, overhead) for overhead in overheads for network in networks]
     counts = [count_steps(structure, network, 1, overhead) for network, overhead in cases]
     sizes = [_sizes(structure, network, overhead) for network, overhead in cases]
@@ -320,7 +324,10 @@ def count_traffic(
     curved = fit(more("curved", "plain", "updating"), "parameters", "factors")
     if structure == "matrix-free":
         # Two numbers of iterations, few enough not to end early on networks as small as these.
-        longer = [count_steps(structure, n, 3, overhead)["plain"].updating for n, overhead in cases]
+        longer = [
+            count_steps(structure, n, 3, overhead, "plain")["plain"].updating
+            for n, overhead in cases
+        ]
         updating = [
             u + (cg_iterations - 1) * (m - u) / 2 for m, u in zip(longer, updating, strict=True)
         ]
