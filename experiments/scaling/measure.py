@@ -143,7 +143,7 @@ def host(structure: FisherStructure) -> Host:
     """Seconds a block of layers so small that their arithmetic is nothing.
 
     A matrix-free step takes as many iterations as it needs, so what else it has is not to be told
-    told by differences; it is what Kronecker blocks have.
+    by differences; it is what Kronecker blocks have.
     """
     if structure == "matrix-free":
         return replace(host("kronecker"), update=_host("matrix-free").update)
