@@ -23,7 +23,7 @@ from experiments.scaling.assignment import longest_first, makespan
 from experiments.scaling.blocks import FEWEST_EXAMPLES, FEWEST_ROWS, HALF, ROWS_PER_SIZE
 from experiments.scaling.calibration import Calibration, stored
 from experiments.scaling.collectives import all_reduce, broadcasts
-from experiments.scaling.costs import PRODUCT_PASSES, cost, score_passes
+from experiments.scaling.costs import PRODUCT_PASSES, cost, curved_share, score_passes
 from experiments.scaling.counting import Counter, Network, count_steps
 from experiments.scaling.devices import DEVICES, INVERSE_BY_LAPACK
 from experiments.scaling.models import (
@@ -37,12 +37,15 @@ from experiments.scaling.models import (
     vision_transformer,
 )
 from experiments.scaling.page import RANKS, STRUCTURES, Study
-from experiments.scaling.protocol import Protocol
+from experiments.scaling.protocol import CURVED_EVERY, Protocol
 from experiments.tasks.language_model import Transformer
 from experiments.tasks.networks import cnn, dense
-from ngplugin import NaturalGradientOptimizer
+from ngplugin import NaturalGradientOptimizer, natural_step
 from ngplugin.curvature import products
 from ngplugin.curvature.blocks import kronecker as real_kronecker
+from ngplugin.curvature.blocks import kronecker_product, matrix_layout
+from ngplugin.curvature.blocks.block import BlockDamping
+from ngplugin.curvature.blocks.low_rank_factor import LowRankFactor
 from ngplugin.curvature.taps import map_call
 
 F = torch.nn.functional
@@ -94,6 +97,10 @@ def batch(kind, examples=4):
         model, sizes = dense(7, 3, (9, 5)), (7, 9, 5, 3)
         x, y = torch.randn(examples, 7), torch.arange(examples) % 3
         return model, x, y, perceptron("", sizes, examples)
+    if kind == "wide":  # factors by eigenvectors, padded matrices
+        model, sizes = dense(70, 3, (200, 150)), (70, 200, 150, 3)
+        x, y = torch.randn(examples, 70), torch.arange(examples) % 3
+        return model, x, y, perceptron("", sizes, examples)
     if kind == "convolutions":  # an image is halved after each
         model = cnn((1, 8, 8), 3, channels=(4, 6))
         maps = Map("linear", 9, 4, 64), Map("linear", 36, 6, 16), Map("linear", 24, 3, bias=True)
@@ -117,7 +124,7 @@ def batch(kind, examples=4):
     return Tied(), x, (x + 1).flatten() % 40, shapes
 
 
-KINDS = ("perceptron", "convolutions", "grouped", "transformer", "tied")
+KINDS = ("perceptron", "wide", "convolutions", "grouped", "transformer", "tied")
 
 
 def real_blocks(optimizer):
@@ -174,21 +181,52 @@ def test_blocks_keep_as_many_numbers_as_the_real_ones(kind, structure, max_facto
     assert real == sorted((b.kind, b.numel) for b in found for _ in range(b.count))
 
 
-def test_bytes_are_those_of_the_real_tensors(monkeypatch):
+@pytest.mark.parametrize("overhead", [0.15, 1e9])
+def test_bytes_are_those_of_the_real_tensors(overhead, monkeypatch):
     """Also where inverses are in bfloat16, whatever this machine multiplies."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda device: True)
     torch.manual_seed(0)
     model, shapes = dense(20, 3, (HALF, HALF - 1)), perceptron("", (20, HALF, HALF - 1, 3), 16)
-    optimizer = NaturalGradientOptimizer(model.parameters(), structure="kronecker")
+    optimizer = NaturalGradientOptimizer(
+        model.parameters(), structure="kronecker", overhead=overhead
+    )
     steps(optimizer, model, torch.randn(16, 20), torch.arange(16) % 3, 3)
     real = 0
     for block in real_blocks(optimizer):
         tensors = [average.value for average in block._averages.values()]
         real += sum(t.numel() * t.element_size() for t in (*tensors, *block._refreshed.values()))
-    found = on_paper.blocks(shapes, "kronecker", Protocol())
+    found = on_paper.blocks(shapes, "kronecker", Protocol(overhead=overhead))
     assert real == sum(b.count * b.bytes for b in found)
-    # G of the first layer is as large, A of the second larger by the bias.
-    assert sum(b.count * b.halves for b in found) == HALF**2 + (HALF + 1) ** 2 + HALF**2
+    # G of the first layer is as large, A of the second larger by the bias, and padded.
+    second = (HALF + 16) ** 2 if overhead > 1 else 0
+    assert sum(b.count * b.halves for b in found) == HALF**2 + second + HALF**2
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "eigen", "diagonal"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_owner_sends_as_many_bytes_as_an_inversion_gives(kind, structure, monkeypatch):
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda device: True)
+    model, x, y, shapes = batch(kind)
+    optimizer = NaturalGradientOptimizer(model.parameters(), structure=structure)
+    steps(optimizer, model, x, y, 3)
+    damping = BlockDamping(0.1, "relative", 1.0, products="auto", overhead=0.15, rank=64)
+    inverted = [block.invert(damping) for block in real_blocks(optimizer)]
+    real = sorted(sum(t.numel() * t.element_size() for t in found.values()) for found in inverted)
+    found = on_paper.blocks(shapes, structure, Protocol())
+    assert real == sorted(b.sent for b in found for _ in range(b.count))
+
+
+@pytest.mark.parametrize("overhead", [0.0, 0.05, 0.15, 1.0, 1e9])
+@pytest.mark.parametrize("rank", [1, 48, 64, 300])
+@pytest.mark.parametrize("rows", [1, 200, 1000])
+def test_factors_are_kept_by_as_many_eigenvectors_as_the_package_keeps(rows, rank, overhead):
+    block = real_kronecker.KroneckerBlock(torch.zeros(2, 2))
+    block.rows = float(rows)
+    how = BlockDamping(0.1, overhead=overhead, rank=rank)
+    for size in (20, 65, 128, 129, 449, 451, 602):
+        kept = block._inverted("A", torch.eye(size)[None], torch.full((1, 1, 1), 0.1), how)
+        found = kept.basis.shape[-1] if isinstance(kept, LowRankFactor) else 0
+        assert found == on_paper.kept_rank(size, rows, Protocol(overhead=overhead, rank=rank))
 
 
 def test_the_constants_are_those_of_the_package():
@@ -198,6 +236,11 @@ def test_the_constants_are_those_of_the_package():
         ROWS_PER_SIZE,
     )
     assert map_call._FEWEST_EXAMPLES == FEWEST_EXAMPLES
+    assert kronecker_product._USUAL_ROWS == on_paper.USUAL_ROWS
+    assert kronecker_product._SMALL_SIZE == on_paper.SMALL
+    assert kronecker_product._LOWEST_RANK == on_paper.LOWEST_RANK
+    assert (matrix_layout._EVEN, matrix_layout._SMALL) == (on_paper.EVEN, on_paper.NARROW)
+    assert natural_step._CURVED_EVERY == CURVED_EVERY
     options = NaturalGradientOptimizer([nn.Parameter(torch.ones(1))]).options
     for field in dataclasses.fields(Protocol):
         if hasattr(options, field.name):
@@ -227,18 +270,41 @@ _SMALL = {"unit-wise", "diagonal"}
 def test_a_steps_products_have_the_flops_that_torch_counts(trained, structure):
     optimizer, _, _, _, found = trained[structure]
     real = [b for b in real_blocks(optimizer) if b.kind not in _SMALL]
-    stepped, multiplied = [], []
-    for block in real:
-        vectors = [torch.randn_like(p) for p in block.parameters]
-        with FlopCounterMode(display=False) as counter:
-            block.precondition(vectors)
-        stepped.append(counter.get_total_flops())
-        with FlopCounterMode(display=False) as counter:
-            block.product(vectors)
-        multiplied.append(counter.get_total_flops())
     each = [b for b in found if b.kind not in _SMALL for _ in range(b.count)]
-    assert sorted(stepped) == sorted(sum(x.flops for x in b.step) for b in each)
-    assert sorted(multiplied) == sorted(sum(x.flops for x in b.product) for b in each)
+    ways = {
+        lambda block, v: block.precondition(v, curved=False): lambda b: b.direction,
+        lambda block, v: block.precondition(v): lambda b: (*b.direction, *b.curved),
+        lambda block, v: block.product(v): lambda b: b.product,
+    }
+    for way, products_on_paper in ways.items():
+        counted = []
+        for block in real:
+            vectors = [torch.randn_like(p) for p in block.parameters]
+            with FlopCounterMode(display=False) as counter:
+                way(block, vectors)
+            counted.append(counter.get_total_flops())
+        assert sorted(counted) == sorted(sum(x.flops for x in products_on_paper(b)) for b in each)
+
+
+@pytest.mark.parametrize("measure_every", [1, 2, 6, None])
+def test_f_d_is_formed_on_about_as_many_steps_as_on_paper(measure_every, monkeypatch):
+    model, x, y, _ = batch("perceptron", examples=64)
+    optimizer = NaturalGradientOptimizer(
+        model.parameters(), structure="kronecker", measure_every=measure_every, kl_radius=0.01
+    )
+    steps(optimizer, model, x, y, 40)
+    blocks, formed = real_blocks(optimizer), []
+    for block in blocks:
+        usual = block.precondition
+
+        def precondition(vectors, curved=True, usual=usual):
+            formed.append(curved)
+            return usual(vectors, curved)
+
+        monkeypatch.setattr(block, "precondition", precondition)
+    steps(optimizer, model, x, y, 120)
+    share = curved_share(Protocol(measure_every=measure_every or 0))
+    assert sum(formed) / len(formed) == pytest.approx(share, rel=0.25)
 
 
 @pytest.mark.parametrize("structure", ["kronecker", "eigen"])
@@ -312,7 +378,7 @@ def test_a_product_with_all_of_f_costs_four_forward_passes():
             optimizer.step()
         counted.append(counter.get_total_flops())
     found = on_paper.blocks(shapes, "matrix-free", Protocol())
-    preconditioned = sum(x.flops for b in found for x in b.step)
+    preconditioned = sum(x.flops for b in found for x in (*b.direction, *b.curved))
     each = (counted[1] - counted[0]) / 2 - preconditioned
     first = 2 * 64 * 7 * 9  # neither way goes on beyond the first layer
     assert each == PRODUCT_PASSES * shapes.forward - 2 * first
@@ -437,9 +503,9 @@ def test_a_smaller_max_factor_needs_less_of_everything(calibration):
 
 def test_a_side_larger_than_max_factor_is_a_diagonal_the_bias_included():
     (down,) = [m for m in MODELS["gpt3-xl"].maps if m.inputs == 8192]
-    block = on_paper.kronecker(down, 2, 8192)
+    block = on_paper.kronecker(down, 2, Protocol())
     assert [side.size for side in block.dense] == [2048]  # 8,193 inputs
-    assert len(on_paper.kronecker(dataclasses.replace(down, bias=False), 2, 8192).dense) == 2
+    assert len(on_paper.kronecker(dataclasses.replace(down, bias=False), 2, Protocol()).dense) == 2
 
 
 # -- what was counted in the code ------------------------------------------------------------------
@@ -460,26 +526,31 @@ def test_the_counter_counts_reads_and_writes_and_what_is_alive():
         assert counter.peak >= 6000
 
 
-def test_the_stored_counts_are_those_of_the_code(calibration):
+@pytest.mark.parametrize("overhead", [0.0, math.inf])
+def test_the_stored_counts_are_those_of_the_code(overhead, calibration):
     """Nearly; after a larger change to a step: python -m experiments.scaling --count."""
     network = Network(3, 160, 256, 192, 96)  # none of those that were fitted
-    counts = count_steps("kronecker", network)
+    counts = count_steps("kronecker", network, overhead=overhead)
     model, traffic = network.model(), calibration.traffic["kronecker"]
-    found = on_paper.blocks(model, "kronecker", Protocol())
-    averages, factors = (
-        sum(b.count * getattr(b, n) for b in found) for n in ("averages", "factors")
+    found = on_paper.blocks(model, "kronecker", Protocol(overhead=overhead))
+    averages, factors, low_rank = (
+        sum(b.count * getattr(b, n) for b in found) for n in ("averages", "whole", "low_rank")
     )
     rows = sum(m.count * network.rows * (m.inputs + m.outputs) for m in model.maps)
     logits = network.rows * model.logits
     statistics = traffic.statistics_row * rows + traffic.statistics_average * averages
     held = traffic.step_held_parameter * model.parameters + traffic.step_held_row * rows
-    counted, plain = counts["statistics"], counts["plain"]
+    counted, plain, both = counts["statistics"], counts["plain"], counts["statistics, curved"]
     update = traffic.update_parameter * model.parameters + traffic.update_factor * factors
+    curved = traffic.curved_parameter * model.parameters + traffic.curved_factor * factors
+    refresh = traffic.refresh_average * averages + traffic.refresh_factor * factors
+    peak = max(count.kept + count.step_peak for count in counts.values())
     pairs = [
-        (plain.updating, update),
+        (plain.updating, update + traffic.update_low_rank * low_rank),
+        (counts["curved"].updating - plain.updating, curved),
         (counted.moved - plain.moved, statistics + traffic.statistics_logit * logits),
-        (counts["refresh"].updating - counted.updating, traffic.refresh_average * averages),
-        (counted.kept + counted.step_peak, held + traffic.step_held_logit * logits),
+        (counts["refresh"].updating - both.updating, refresh),
+        (peak, held + traffic.step_held_logit * logits),
     ]
     for real, fitted in pairs:
         assert real == pytest.approx(fitted, rel=0.2)
@@ -508,8 +579,8 @@ def test_the_parts_of_a_step_are_told_apart():
     model, x, y, _ = batch("perceptron")
     optimizer = NaturalGradientOptimizer(model.parameters(), weight_decay=0.01, **measure._OFTEN)
     parts = measure.step_parts(optimizer, lambda: F.cross_entropy(model(x), y), 80)
-    assert parts.keys() == {"update", "statistics", "refresh", "spectrum", "measured"}
-    assert min(parts["update"], parts["statistics"]) > 1e-5
+    assert parts.keys() == {"update", "curved", "statistics", "refresh", "spectrum", "measured"}
+    assert min(parts[name] for name in ("update", "statistics", "refresh", "spectrum")) > 1e-5
 
 
 def test_what_was_measured_is_within_a_factor_of_three_of_what_is_predicted():

@@ -27,6 +27,7 @@ from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.products import multiplies_bfloat16
 
 STEPS = 22  # in which every piece of a step is met, also all of them together
+MORE = 6  # steps, the most until one is not measured; an exact block measures all
 MAKERS = 3  # of the peak, that are named
 
 
@@ -169,13 +170,14 @@ class _Makers(Counter):
         self.made: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
 
-    def _follow(self, t: Tensor) -> None:
+    def follow(self, t: Tensor) -> None:
+        """Also by its maker."""
         storage, before = t.untyped_storage(), self.peak
         if storage not in self._known:
             maker, size = _function(), storage.nbytes()
             self.made[maker] = self.made.get(maker, 0) + size
             weakref.finalize(storage, self._unmake, maker, size)
-        super()._follow(t)
+        super().follow(t)
         if self.peak > before:
             self.at_peak = dict(self.made)
 
@@ -203,7 +205,9 @@ def _needed(workload: Workload, make: Callable[[Any], Optimizer]) -> Need:
     optimizer = make(module.parameters())
     gradients = pass_peak = step_peak = left = 0
     made_by: dict[str, int] = {}
-    for step, batch in zip(range(STEPS), batches, strict=False):
+    for step, batch in zip(range(STEPS + MORE), batches, strict=False):
+        if step >= STEPS and not _measured(optimizer):
+            break
         with counter:
             optimizer.zero_grad()
             before = counter.peak = counter.alive
@@ -223,6 +227,12 @@ def _needed(workload: Workload, make: Callable[[Any], Optimizer]) -> Need:
     optimizer.zero_grad()
     gc.collect()
     return Need(gradients, counter.alive - network, pass_peak, step_peak, left, made_by)
+
+
+def _measured(optimizer: Optimizer) -> bool:
+    """Whether the last step was; then nothing is kept to take it back with."""
+    natural = isinstance(optimizer, NaturalGradientOptimizer)
+    return natural and optimizer.report is not None and optimizer.report.kl is not None
 
 
 def _backward(module: Any, optimizer: Optimizer, batch: Any) -> None:

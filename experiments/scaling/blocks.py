@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from experiments.scaling.models import Map, Model, Norm
 from experiments.scaling.protocol import Protocol, Structure
 
 HALF = 128  # the smallest factor whose inverse is kept, and multiplied, in bfloat16
-FEWEST_ROWS, ROWS_PER_SIZE, FEWEST_EXAMPLES = 1024, 2, 16  # of a statistic that is thinned
+FEWEST_ROWS, ROWS_PER_SIZE, FEWEST_EXAMPLES = 256, 0.25, 16  # of a statistic that is thinned
+SMALL, LOWEST_RANK = 128, 32  # a factor of this size is kept whole; eigenvectors of a larger one
+USUAL_ROWS = 1024  # of a step, by which blocks go that do not see theirs
+EVEN, NARROW = 16, 64  # columns are a multiple of, where there is a bias and they are more than
 
 
 @dataclass(frozen=True)
@@ -22,26 +25,60 @@ class Side:
         size: d.
         dense: a whole matrix each; else a diagonal.
         groups: how many.
+        padding: columns of zeros that what a refresh makes has besides.
+        rank: r, of a matrix that a refresh keeps by its leading eigenvectors; 0 if it is whole.
     """
 
     size: int
     dense: bool
     groups: int = 1
+    padding: int = 0
+    rank: int = 0
 
     @property
     def numbers(self) -> int:
-        """Of all groups."""
+        """Of the averages of all groups."""
         return self.groups * self.size ** (2 if self.dense else 1)
 
     @property
+    def columns(self) -> int:
+        """D with its padding."""
+        return self.size + self.padding
+
+    @property
     def inverse(self) -> int:
-        """Numbers of the inverses."""
-        return self.numbers if self.dense else 0
+        """Numbers that are multiplied with to solve: X⁻¹, or Q and K."""
+        if not self.dense:
+            return 0
+        columns, r = self.columns, self.rank
+        return self.groups * (columns * r + r**2 if r else columns**2)
+
+    @property
+    def refreshed(self) -> int:
+        """Numbers of a refresh: X undamped, its inverse and the damping; T, Q, K and two more."""
+        columns, r = self.columns, self.rank
+        matrix = r**2 + 1 if r else columns ** (2 if self.dense else 1)
+        return self.groups * (matrix + 1) + self.inverse
+
+    @property
+    def whole(self) -> bool:
+        """Whether a refresh keeps a matrix of d x d."""
+        return self.dense and not self.rank
 
     @property
     def half(self) -> bool:
         """Whether inverses are in bfloat16."""
-        return self.dense and self.size >= HALF
+        return self.whole and self.size >= HALF
+
+    def product(self, n: int) -> Product:
+        """With n vectors for each group; by the eigenvectors Q (z Qᵀ v), z being r x r."""
+        columns, r = self.columns, self.rank
+        each = 4 * columns * r + 2 * r**2 if r else 2 * columns**2
+        return Product(self.groups * n * each if self.dense else 0, self.half)
+
+    def second_moment(self, rows: int) -> int:
+        """FLOPs of XᵀX, a multiplication and an addition for each row."""
+        return 2 * self.groups * rows * self.columns**2 if self.dense else 0
 
 
 @dataclass(frozen=True)
@@ -65,11 +102,13 @@ class Block:
         halves: of these, in bfloat16.
         dense: the sides to be factorized.
         sent: bytes that the owner of the block sends to the others after a refresh.
+        inverse: of these, what directions are found with.
         gram: FLOPs of a statistic, in float32.
         rows: numbers in the rows of inputs and scores of a statistic.
         carried: FLOPs of a refresh beside the factorizations, in float32.
-        step: products that a step takes.
-        product: of F with a vector.
+        direction: products of every step, d = (F + damping)⁻¹ v.
+        curved: products of F d besides.
+        product: of F with a vector that is no d.
     """
 
     kind: str
@@ -80,10 +119,12 @@ class Block:
     halves: int = 0
     dense: tuple[Side, ...] = ()
     sent: int = 0
+    inverse: int = 0
     gram: int = 0
     rows: int = 0
     carried: int = 0
-    step: tuple[Product, ...] = ()
+    direction: tuple[Product, ...] = ()
+    curved: tuple[Product, ...] = ()
     product: tuple[Product, ...] = ()
 
     @property
@@ -101,6 +142,16 @@ class Block:
         """Numbers of the dense factors."""
         return sum(side.numbers for side in self.dense)
 
+    @property
+    def whole(self) -> int:
+        """Of these, of which a refresh keeps all; an eigen block its eigenvectors."""
+        return sum(side.numbers for side in self.dense if side.whole)
+
+    @property
+    def low_rank(self) -> int:
+        """Parameters, once for each side that is kept by its leading eigenvectors."""
+        return self.parameters * sum(side.rank > 0 for side in self.dense)
+
 
 def blocks(model: Model, structure: Structure, protocol: Protocol) -> list[Block]:
     """The blocks that `structure` gives a model; AdamW has none.
@@ -110,10 +161,10 @@ def blocks(model: Model, structure: Structure, protocol: Protocol) -> list[Block
     """
     if structure == "adamw":
         return []
-    return [*_blocks(model, structure, protocol.max_factor)]
+    return [*_blocks(model, structure, protocol)]
 
 
-def _blocks(model: Model, structure: Structure, max_factor: int) -> Iterator[Block]:
+def _blocks(model: Model, structure: Structure, protocol: Protocol) -> Iterator[Block]:
     if structure == "diagonal":
         for m in model.maps:
             weight = m.groups * m.inputs * m.outputs
@@ -127,17 +178,17 @@ def _blocks(model: Model, structure: Structure, max_factor: int) -> Iterator[Blo
         return
     for m in model.maps:
         if m.kind != "linear":
-            yield half_diagonal(m, model.examples)
+            yield half_diagonal(m, model.examples, protocol)
         elif structure == "eigen":
-            yield eigen(m, model.examples, max_factor)
+            yield eigen(m, model.examples, protocol)
         else:
-            yield kronecker(m, model.examples, max_factor)
+            yield kronecker(m, model.examples, protocol)
     for n in model.norms:
         yield unit(n) if n.offset else diagonal(n.features, n.count)
     for loose in model.loose:
         sides = [size for size in loose.shape if size > 1]
         if len(sides) > 1:
-            yield gradient_kronecker(sides[0], math.prod(sides[1:]), max_factor)
+            yield gradient_kronecker(sides[0], math.prod(sides[1:]), protocol)
         else:
             yield diagonal(loose.parameters)
 
@@ -147,30 +198,48 @@ def examples_taken(m: Map, examples: int) -> int:
 
     All of fewer than 32 examples are taken, whatever the number of their rows.
     """
-    fewest = max(FEWEST_ROWS, ROWS_PER_SIZE * max(m.inputs + m.bias, m.outputs))
+    fewest = max(FEWEST_ROWS, round(ROWS_PER_SIZE * max(m.inputs + m.bias, m.outputs)))
     every = max(1, min(round(examples * m.shared / fewest), examples // FEWEST_EXAMPLES))
     return math.ceil(examples / every)
 
 
-def kronecker(m: Map, examples: int, max_factor: int) -> Block:
+def kept_rank(size: int, rows: int, protocol: Protocol) -> int:
+    """By how many eigenvectors a refresh keeps a dense factor; 0 if it is whole.
+
+    A product with a factor takes d multiplications for each element of the layer's matrix, 2 r by
+    its eigenvectors; forward and backward take 3 for each row. Where d is more than a share
+    `overhead` of that, r is as many as the share allows, between 32 and `rank`.
+
+    Args:
+        size: d.
+        rows: of the layer in a step, on one rank.
+        protocol: has `overhead` and `rank`.
+    """
+    room = 3 * protocol.overhead * rows
+    rank = max(LOWEST_RANK, int(min(protocol.rank, room / 2)))
+    return 0 if size <= max(room, 2 * rank, SMALL) else rank
+
+
+def kronecker(m: Map, examples: int, protocol: Protocol) -> Block:
     """A ⊗ G of a linear map; the bias is one more input."""
-    A, G = _sides(m, max_factor)
+    A, G = _sides(m, protocol.max_factor)
+    step_rows = protocol.accumulate * examples * m.shared
+    A, G = (_kept(side, step_rows, protocol) for side in (A, G))
     rows = examples_taken(m, examples) * m.shared
     return Block(
         "kronecker",
         m.count,
         m.groups * A.size * G.size,
         averages=A.numbers + G.numbers + m.groups,  # and the number of rows
-        refreshed=sum(s.numbers + s.inverse + s.groups for s in (A, G)),  # and the damping
-        gram=sum(_second_moment(s, rows) for s in (A, G)),
-        rows=m.groups * rows * (A.size + G.size),
+        gram=sum(s.second_moment(rows) for s in (A, G)),
+        rows=m.groups * rows * (A.columns + G.size),
         **_inverted(A, G),
     )
 
 
-def half_diagonal(m: Map, examples: int) -> Block:
+def half_diagonal(m: Map, examples: int, protocol: Protocol) -> Block:
     """A diagonal over the vocabulary, a matrix over the dimensions: embeddings, also tied ones."""
-    S, D = Side(m.outputs, True), Side(m.inputs, False)
+    S, D = _kept(Side(m.outputs, True), USUAL_ROWS, protocol), Side(m.inputs, False)
     rows = m.shared if m.once else examples * m.shared
     uses = 2 if m.kind == "tied" else 1
     return Block(
@@ -178,23 +247,24 @@ def half_diagonal(m: Map, examples: int) -> Block:
         m.count,
         S.size * D.size,
         averages=uses * (S.numbers + D.numbers + 1),  # and the number of rows
-        refreshed=2 * S.numbers + D.numbers + 2,
-        gram=uses * _second_moment(S, rows),
+        gram=uses * S.second_moment(rows),
         rows=rows * (S.size + (S.size + D.size if uses == 2 else 0)),
         **_inverted(S, D),
     )
 
 
-def gradient_kronecker(outputs: int, inputs: int, max_factor: int) -> Block:
+def gradient_kronecker(outputs: int, inputs: int, protocol: Protocol) -> Block:
     """A ⊗ G of a matrix that no map is known of, from its sampled gradient."""
-    A, G = Side(inputs, inputs <= max_factor), Side(outputs, outputs <= max_factor)
+    A, G = (
+        _kept(Side(size, size <= protocol.max_factor), USUAL_ROWS, protocol)
+        for size in (inputs, outputs)
+    )
     return Block(
         "gradient-kronecker",
         1,
         inputs * outputs,
         averages=A.numbers + G.numbers + 1,  # and the number of draws
-        refreshed=sum(s.numbers + s.inverse + 1 for s in (A, G)),
-        gram=_second_moment(A, outputs) + _second_moment(G, inputs),
+        gram=A.second_moment(outputs) + G.second_moment(inputs),
         rows=2 * inputs * outputs,
         **_inverted(A, G),
     )
@@ -204,36 +274,50 @@ def unit(n: Norm) -> Block:
     """A 2 x 2 matrix for each feature's scale and offset; its products are next to nothing."""
     f = n.features
     return Block(
-        "unit-wise", n.count, 2 * f, averages=4 * f, refreshed=9 * f, sent=4 * 4 * f, rows=2 * f
+        "unit-wise",
+        n.count,
+        2 * f,
+        averages=4 * f,
+        refreshed=9 * f,  # matrices, inverses, and the damping
+        sent=4 * 9 * f,
+        inverse=4 * 4 * f,
+        rows=2 * f,
     )
 
 
 def diagonal(size: int, count: int = 1) -> Block:
     """One number for each parameter, as it is on average and as it was at the last refresh."""
-    return Block("diagonal", count, size, averages=size, refreshed=size + 1, rows=size)
+    refreshed = size + 1  # and the damping
+    return Block(
+        "diagonal", count, size, averages=size, refreshed=refreshed, sent=4 * refreshed,
+        inverse=4 * refreshed, rows=size,
+    )  # fmt: skip
 
 
-def eigen(m: Map, examples: int, max_factor: int) -> Block:
+def eigen(m: Map, examples: int, protocol: Protocol) -> Block:
     """Eigenvectors of A and G, and second moments M along them, one for each parameter."""
-    A, G = _sides(m, max_factor)
+    A, G = _sides(m, protocol.max_factor)
     taken = examples_taken(m, examples)
     rows = taken * m.shared
     P = m.groups * A.size * G.size
     sides = tuple(s for s in (A, G) if s.dense)
     turn = sum(_beside(s, A, G) for s in sides)  # UᵀV or V U, both sides
+    refreshed = A.numbers + G.numbers + P + 4 * m.groups  # bases, M, settings of the damping
     return Block(
         "eigen",
         m.count,
         P,
         averages=A.numbers + G.numbers + m.groups + P,
-        refreshed=A.numbers + G.numbers + 2 * P + 4 * m.groups,  # bases, M, damping, settings
+        refreshed=refreshed + P,  # and the damping, which every rank makes of these
         dense=sides,
-        sent=4 * (A.numbers + G.numbers + P),
-        gram=sum(_second_moment(s, rows) for s in (A, G)) + _squared_gradients(A, G, taken, rows),
-        rows=m.groups * rows * (A.size + G.size),
+        sent=4 * refreshed,
+        inverse=4 * refreshed,
+        gram=sum(s.second_moment(rows) for s in (A, G)) + _squared_gradients(A, G, taken, rows),
+        rows=m.groups * rows * (A.columns + G.size),
         # R = U_newᵀ U_old, then its elementwise square times M
         carried=sum(2 * s.groups * s.size**3 + _beside(s, A, G) for s in sides),
-        step=(Product(3 * turn, False),),  # to the basis; back, of the direction and of F d
+        direction=(Product(2 * turn, False),),  # to the basis and back
+        curved=(Product(turn, False),),  # back
         product=(Product(2 * turn, False),),
     )
 
@@ -241,19 +325,20 @@ def eigen(m: Map, examples: int, max_factor: int) -> Block:
 def _sides(m: Map, max_factor: int) -> tuple[Side, Side]:
     """A over the inputs, G over the outputs."""
     inputs = m.inputs + m.bias
+    padding = -inputs % EVEN if m.bias and inputs > NARROW else 0
     return (
-        Side(inputs, inputs <= max_factor, m.groups),
+        Side(inputs, inputs <= max_factor, m.groups, padding),
         Side(m.outputs, m.outputs <= max_factor, m.groups),
     )
 
 
-def _second_moment(side: Side, rows: int) -> int:
-    """Rows and columns of XᵀX, a multiplication and an addition for each row."""
-    return 2 * rows * side.numbers if side.dense else 0
+def _kept(side: Side, rows: int, protocol: Protocol) -> Side:
+    """As a refresh keeps it."""
+    return replace(side, rank=kept_rank(side.size, rows, protocol)) if side.dense else side
 
 
 def _beside(side: Side, A: Side, G: Side) -> int:
-    """FLOPs of a factor times a matrix of the weight's shape."""
+    """FLOPs of a factor of an eigen block times a matrix of the weight's shape."""
     return 2 * side.groups * A.size * G.size * side.size if side.dense else 0
 
 
@@ -263,16 +348,18 @@ def _inverted(A: Side, G: Side) -> dict[str, Any]:
     D = G⁻¹ M A⁻¹, and of F d = G D A the half that the factors' own damping does not give free:
     the product with the smaller side.
     """
-    dense = tuple(s for s in (A, G) if s.dense)
-    step = [Product(_beside(s, A, G), s.half) for s in dense]
-    smaller = G if A.size >= G.size else A
-    step += [Product(_beside(smaller, A, G), smaller.half)] if smaller.dense else []
+    both = A.product(G.size), G.product(A.columns)
+    refreshed = A.refreshed + G.refreshed
+    halves = sum(s.inverse for s in (A, G) if s.half)
     return {
-        "dense": dense,
-        "halves": sum(s.numbers for s in dense if s.half),
-        "sent": sum((2 if s.half else 4) * s.numbers for s in dense),
-        "step": tuple(step),
-        "product": tuple(Product(_beside(s, A, G), s.half) for s in dense),
+        "refreshed": refreshed,
+        "dense": tuple(s for s in (A, G) if s.dense),
+        "halves": halves,
+        "sent": 4 * refreshed - 2 * halves,
+        "inverse": 4 * (A.inverse + G.inverse) - 2 * halves,
+        "direction": both,
+        "curved": (both[1] if A.size >= G.size else both[0],),
+        "product": both,
     }
 
 

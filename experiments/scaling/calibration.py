@@ -20,12 +20,14 @@ class Host:
 
     Attributes:
         update: every step.
+        curved: where F d is formed.
         statistics: of a statistic.
         refresh: of a refresh.
         measured: to measure the KL.
     """
 
     update: float = 0.0
+    curved: float = 0.0
     statistics: float = 0.0
     refresh: float = 0.0
     measured: float = 0.0

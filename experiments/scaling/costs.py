@@ -11,7 +11,7 @@ from experiments.scaling.calibration import Calibration
 from experiments.scaling.collectives import all_reduce, broadcasts
 from experiments.scaling.devices import Device
 from experiments.scaling.models import Model
-from experiments.scaling.protocol import Protocol, Structure
+from experiments.scaling.protocol import CURVED_EVERY, Protocol, Structure
 
 #: Forward passes that a product with all of F is worth, J v and then Jᵀ u: each has two products of
 #: matrices where a forward pass has one.
@@ -76,6 +76,12 @@ def score_passes(structure: Structure) -> int:
     return 2 if structure == "diagonal" else 1
 
 
+def curved_share(protocol: Protocol) -> float:
+    """Of how many steps F d is formed: measured ones, every sixth, and after a refresh."""
+    share = 1 / min(protocol.measure_every or CURVED_EVERY, CURVED_EVERY)
+    return share + (1 - share) / protocol.refresh_every
+
+
 class _Step:
     def __init__(
         self,
@@ -93,7 +99,8 @@ class _Step:
         self.blocks = blocks(model, structure, protocol)
         self.count = sum(b.count for b in self.blocks)
         self.averages = sum(b.count * b.averages for b in self.blocks)
-        self.factors = sum(b.count * b.factors for b in self.blocks)
+        self.whole = sum(b.count * b.whole for b in self.blocks)
+        self.low_rank = sum(b.count * b.low_rank for b in self.blocks)
         self.rows = sum(b.count * b.rows for b in self.blocks)
         self.logits = model.examples * model.logits
 
@@ -106,6 +113,10 @@ class _Step:
         parameters = float(copies * size * P) / shards
         if self.ranks > 1 and shards == 1 and not self.protocol.bucket_view:
             parameters += size * P  # the buckets in which gradients are sent
+        # A parameter that enters no known map may lead anywhere, so an unmeasured step may have to
+        # be taken back.
+        if self.structure != "adamw" and (self.model.norms or self.model.loose):
+            parameters += float(size * P) / shards
         return {
             "parameters, gradients, optimizer state": parameters,
             "curvature": self._curvature(),
@@ -118,7 +129,7 @@ class _Step:
         kept = float(sum(b.count * b.bytes for b in self.blocks))
         if not self.protocol.sharded_curvature:
             return kept
-        inverses = sum(b.count * b.sent for b in self.blocks)
+        inverses = sum(b.count * b.inverse for b in self.blocks)
         return inverses + (kept - inverses) / self.ranks
 
     def _held_in_pass(self) -> float:
@@ -184,16 +195,20 @@ class _Step:
 
     def _update(self) -> float:
         """Products with inverses and with F, and passes over the parameters."""
-        moved = self.traffic.update_parameter * self.model.parameters
-        moved += self.traffic.update_factor * self.factors
-        seconds = self.device.traffic(moved)
+        t, P = self.traffic, self.model.parameters
+        moved = t.update_parameter * P + t.update_factor * self.whole
+        moved += t.update_low_rank * self.low_rank
+        curved = t.curved_parameter * P + t.curved_factor * self.whole
+        share = curved_share(self.protocol)
+        seconds = self.device.traffic(moved + share * curved)
         products = [self._block_products(b) for b in self.blocks for _ in range(b.count)]
         if self.protocol.sharded_products:
             seconds += makespan(products, longest_first(products, self.ranks))
             seconds += broadcasts(8 * self.model.parameters, self.ranks, self.ranks, self.device)
         else:
             seconds += sum(products)
-        seconds = self.device.with_host(seconds, self.host.update * self.count)
+        host = self.host.update + share * self.host.curved
+        seconds = self.device.with_host(seconds, host * self.count)
         if self.structure == "matrix-free":
             seconds += self._cg_passes()
         return seconds if self.structure == "adamw" else seconds + self._numbers()
@@ -201,9 +216,12 @@ class _Step:
     def _block_products(self, b: Block) -> float:
         if self.structure == "identity":  # F is only there to predict the KL with
             return self._products(b.product)
-        times = self.protocol.cg_iterations + 3 if self.structure == "matrix-free" else 1
-        decay = self.protocol.weight_decay and self.structure != "matrix-free"
-        return times * self._products(b.step) + decay * self._products(b.product)
+        direction, curved = self._products(b.direction), self._products(b.curved)
+        if self.structure == "matrix-free":
+            return (self.protocol.cg_iterations + 3) * (direction + curved)
+        if self.protocol.weight_decay:  # its part of F Δ
+            curved += self._products(b.product)
+        return direction + curved_share(self.protocol) * curved
 
     def _products(self, products: Sequence[Product]) -> float:
         return sum(self.device.products(x.flops, x.half) for x in products)
@@ -241,27 +259,32 @@ class _Step:
         """Of the rank with the most to invert; and copies of all averages, on every rank."""
         each = [self._inversion(b) for b in self.blocks for _ in range(b.count)]
         longest = makespan(each, longest_first(each, self.ranks))
-        return longest + self.device.traffic(self.traffic.refresh_average * self.averages)
+        t = self.traffic
+        moved = t.refresh_average * self.averages + t.refresh_factor * self.whole
+        return longest + self.device.traffic(moved)
 
     def _inversion(self, b: Block) -> float:
         invert = self.device.eigenvectors if b.kind == "eigen" else self.device.inverse
-        seconds = sum(side.groups * invert(side.size) for side in b.dense)
+        seconds = sum(
+            s.groups * (self.device.leading(s.size, s.rank) if s.rank else invert(s.size))
+            for s in b.dense
+        )
         seconds += self.device.products(b.carried, half=False)
         return self.device.with_host(seconds, self.host.refresh)
 
     def _exchange(self) -> float:
-        """One all-reduce of the averages before, a broadcast of each block's inverses after."""
+        """One all-reduce of the averages before, a broadcast of what each rank inverted after."""
         if self.ranks == 1:
             return 0.0
         sent = sum(b.count * b.sent for b in self.blocks)
-        owners = sum(b.count for b in self.blocks if b.sent)
+        owners = min(self.count, self.ranks)
         averaged = all_reduce(4 * self.averages, self.ranks, self.device)
         return averaged + broadcasts(sent, owners, self.ranks, self.device)
 
     def _spectrum(self) -> float:
         """Eigenvalues of every factor, divided as inversions are; an eigen block has them."""
         each = [
-            sum(side.groups * self.device.eigenvalues(side.size) for side in b.dense)
+            sum(side.groups * self.device.eigenvalues(side.rank or side.size) for side in b.dense)
             for b in self.blocks
             if b.kind != "eigen"
             for _ in range(b.count)

@@ -8,10 +8,12 @@ networks' sizes.
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,12 +23,15 @@ from torch.utils._pytree import tree_leaves
 
 from experiments.scaling.blocks import blocks
 from experiments.scaling.models import Map, Model, Norm
-from experiments.scaling.protocol import FisherStructure, Protocol
+from experiments.scaling.protocol import CURVED_EVERY, FisherStructure, Protocol
 from ngplugin import NaturalGradientOptimizer
+from ngplugin.curvature import products
+from ngplugin.report import StepReport
 
 # Operations whose time is that of their FLOPs.
 _PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "linalg_cholesky_ex", "cholesky_inverse", "_linalg_eigh",
+    "linalg_qr", "linalg_inv_ex",
 }  # fmt: skip
 
 
@@ -147,30 +152,68 @@ NETWORKS = (
 )
 
 
-def count_steps(
-    structure: FisherStructure, network: Network, cg_iterations: int = 1
-) -> dict[str, Count]:
-    """A step of each kind: plain, with statistics, with statistics and a refresh, measured.
+#: What steps have beside gradient, direction and move: statistics, a refresh, F d.
+_KINDS = {
+    (False, False, False): "plain",
+    (False, False, True): "curved",
+    (True, False, False): "statistics",
+    (True, False, True): "statistics, curved",
+    (True, True, False): "refresh",
+}
 
-    In mixed precision with bfloat16, as large models are trained. A matrix-free step is always
-    measured.
+
+def count_steps(
+    structure: FisherStructure,
+    network: Network,
+    cg_iterations: int = 1,
+    overhead: float = math.inf,
+    last: str | None = None,
+) -> dict[str, Count]:
+    """A step of each kind: those of `_KINDS`, and measured, which has F d too.
+
+    In mixed precision with bfloat16, as large models are trained, whatever this machine multiplies.
+    A matrix-free step is always measured. With statistics there is a refresh of all blocks, and so
+    F d, at each power of two.
+
+    Args:
+        structure: of F.
+        network: what is trained.
+        cg_iterations: of a matrix-free step.
+        overhead: beyond which factors are kept by their leading eigenvectors.
+        last: the kind after which to stop; None for all kinds.
     """
+    options: dict[str, Any] = {
+        "structure": structure, "cg_iterations": cg_iterations, "overhead": overhead,
+        "weight_decay": 0.01, "lr": 0.1, "statistics_every": 4, "refresh_every": 1000,
+    }  # fmt: skip
+    found: dict[str, Count] = {}
+    for step, count, _ in _steps(network, {**options, "measure_every": None}):
+        powers = step & (step - 1) == 0
+        kind = _KINDS.get((step % 4 == 0, powers, step % CURVED_EVERY == 0))
+        if kind is not None:
+            found.setdefault(kind, count)
+        if kind is not None and kind == last:
+            return found
+        if found.keys() == {*_KINDS.values()}:
+            break
+    if structure == "matrix-free":
+        return found
+    for step, count, report in _steps(network, {**options, "measure_every": 1}):
+        if step % 4 and report.kl is not None and not report.shrinks:
+            return {**found, "measured": count}
+    raise RuntimeError(f"{structure}: no measured step that was made as it was proposed")
+
+
+def _steps(network: Network, options: dict[str, Any]) -> Iterator[tuple[int, Count, StepReport]]:
+    """A hundred steps but for the first, which make what is then there."""
     torch.manual_seed(0)
     x, y = torch.randn(network.rows, network.inputs), torch.arange(network.rows) % network.outputs
     module = network.module()
-    usual = structure == "matrix-free"
-    wanted = {
-        (False, False, usual): "plain",
-        (True, False, usual): "statistics",
-        (True, True, usual): "refresh",
-        (False, False, True): "plain" if usual else "measured",
-    }
-    found: dict[str, Count] = {}
-    with Counter() as counter:
+    with Counter() as counter, mock.patch.object(products, "multiplies_bfloat16", _yes):
+        # As without an end: no factor is too large for the share it may take.
         optimizer = NaturalGradientOptimizer(
-            module.parameters(), structure=structure, weight_decay=0.01, lr=0.1,
-            statistics_every=4, refresh_every=8, cg_iterations=cg_iterations,
-        )  # fmt: skip
+            module.parameters(), **{**options, "overhead": min(options["overhead"], 1e9)}
+        )
         for step in range(100):
             optimizer.zero_grad()
             before = counter.peak = counter.alive
@@ -183,34 +226,39 @@ def count_steps(
             kept = counter.peak = counter.alive
             optimizer.step()
             report = optimizer.report
-            kind = (step % 4 == 0, step % 8 == 0, report is not None and report.kl is not None)
-            if step > 8 and kind in wanted and wanted[kind] not in found:  # as all later ones are
-                found[wanted[kind]] = Count(
-                    counter.moved,
-                    counter.moved - passed,
-                    pass_peak,
-                    kept - before,
-                    counter.peak - kept,
+            if step > 8 and report is not None:
+                moved, peak = counter.moved, counter.peak
+                yield (
+                    step,
+                    Count(moved, moved - passed, pass_peak, kept - before, peak - kept),
+                    report,
                 )
-            if found.keys() == {*wanted.values()}:
-                return found
-    raise RuntimeError(f"{structure}: only {', '.join(found)} steps among the first 100")
+
+
+def _yes(device: torch.device) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
 class Traffic:
     """Bytes that a step of one structure moves, and holds for a while, by the sizes of things.
 
-    A *factor* is a number in a dense factor, an *average* one in a running average, a *row* one in
-    the rows of inputs and scores of a statistic, a *logit* one in the loss's predictions.
+    A *factor* is a number in a dense factor that a refresh keeps whole, *low rank* a parameter for
+    each of its sides that is kept by eigenvectors, an *average* a number in a running average, a
+    *row* one in the rows of inputs and scores of a statistic, a *logit* one in the loss's
+    predictions.
 
     Attributes:
         update_parameter: moved every step.
-        update_factor: the same, where inverses and matrices are converted.
+        update_factor: the same.
+        update_low_rank: the same.
+        curved_parameter: moved for F d, and its part of the model of the step.
+        curved_factor: the same, where matrices are converted.
         statistics_row: moved for a statistic.
         statistics_average: the same.
         statistics_logit: the same.
         refresh_average: moved at a refresh.
+        refresh_factor: the same.
         measured_parameter: moved to measure the KL.
         measured_logit: the same.
         statistics_held_row: held while a statistic is taken, beyond forward and backward.
@@ -223,10 +271,14 @@ class Traffic:
 
     update_parameter: float = 0.0
     update_factor: float = 0.0
+    update_low_rank: float = 0.0
+    curved_parameter: float = 0.0
+    curved_factor: float = 0.0
     statistics_row: float = 0.0
     statistics_average: float = 0.0
     statistics_logit: float = 0.0
     refresh_average: float = 0.0
+    refresh_factor: float = 0.0
     measured_parameter: float = 0.0
     measured_logit: float = 0.0
     statistics_held_row: float = 0.0
@@ -249,53 +301,62 @@ def count_traffic(
     What only rows explain of a measurement or of a matrix-free step is left out: it is the traffic
     of forward and backward passes, whose time is that of their FLOPs.
     """
-    counts = [count_steps(structure, network) for network in networks]
-    sizes = [_sizes(structure, network) for network in networks]
+    # With all factors whole; and where that is told apart, with those by eigenvectors that can be.
+    overheads = (math.inf, 0.0) if structure in ("kronecker", "identity") else (math.inf,)
+    cases = [(network, overhead) for overhead in overheads for network in networks]
+    counts = [count_steps(structure, network, 1, overhead) for network, overhead in cases]
+    sizes = [_sizes(structure, network, overhead) for network, overhead in cases]
 
     def fit(values: Sequence[float], *names: str) -> list[float]:
-        columns = np.array([[size[name] for name in names] for size in sizes], dtype=float)
-        scale = np.array(values, dtype=float)[:, None]  # so that each network counts the same
-        solution, *_ = np.linalg.lstsq(columns / scale, np.ones(len(scale)), rcond=None)
-        return [round(max(0.0, float(x)), 1) for x in solution]
+        """Zero for what nothing here has any of."""
+        known = [name for name in names if any(size[name] for size in sizes)]
+        columns = np.array([[size[name] for name in known] for size in sizes], dtype=float)
+        scale = np.maximum(values, 1.0)[:, None]  # so that each network counts the same
+        solution, *_ = np.linalg.lstsq(columns / scale, np.array(values) / scale[:, 0], rcond=None)
+        found = dict(zip(known, solution.tolist(), strict=True))
+        return [round(max(0.0, found.get(name, 0.0)), 1) for name in names]
 
-    plain = [count["plain"] for count in counts]
-    statistics = [count["statistics"] for count in counts]
-    pairs = [*zip(statistics, plain, strict=True)]
-    updating: list[float] = [p.updating for p in plain]
-    explained = ["parameters", "factors"]
-    if structure == "diagonal":
-        explained.remove("factors")
-    elif structure == "matrix-free":
+    def more(kind: str, than: str, part: str) -> list[float]:
+        return [getattr(c[kind], part) - getattr(c[than], part) for c in counts]
+
+    updating: list[float] = [c["plain"].updating for c in counts]
+    explained = ["parameters", "factors", "low_rank"]
+    curved = fit(more("curved", "plain", "updating"), "parameters", "factors")
+    if structure == "matrix-free":
         # Two numbers of iterations, few enough not to end early on networks as small as these.
-        more = [count_steps(structure, network, 3)["plain"].updating for network in networks]
-        growth = [(m - u) / 2 for m, u in zip(more, updating, strict=True)]
+        longer = [
+            count_steps(structure, n, 3, overhead, "plain")["plain"].updating
+            for n, overhead in cases
+        ]
         updating = [
-            u + (cg_iterations - 1) * each for u, each in zip(updating, growth, strict=True)
+            u + (cg_iterations - 1) * (m - u) / 2 for m, u in zip(longer, updating, strict=True)
         ]
         explained = ["parameters", "rows"]
     update = dict(zip(explained, fit(updating, *explained), strict=True))
-    refreshing = [c["refresh"].updating - c["statistics"].updating for c in counts]
     measured = [0.0, 0.0]
     if structure != "matrix-free":
-        measuring = [c["measured"].moved - c["plain"].moved for c in counts]
-        measured = fit(measuring, "parameters", "logits", "rows")[:2]
+        measured = fit(more("measured", "curved", "moved"), "parameters", "logits", "rows")[:2]
+    held = [max(k.kept + k.step_peak for k in c.values()) for c in counts]
     return Traffic(
         update["parameters"],
         update.get("factors", 0.0),
-        *fit([s.moved - p.moved for s, p in pairs], "rows", "averages", "logits"),
-        *fit(refreshing, "averages"),
+        update.get("low_rank", 0.0),
+        *curved,
+        *fit(more("statistics", "plain", "moved"), "rows", "averages", "logits"),
+        *fit(more("refresh", "statistics, curved", "updating"), "averages", "factors"),
         *measured,
-        *fit([s.pass_peak - p.pass_peak for s, p in pairs], "rows", "averages", "logits"),
-        *fit([s.kept + s.step_peak for s in statistics], "parameters", "rows", "logits"),
+        *fit(more("statistics", "plain", "pass_peak"), "rows", "averages", "logits"),
+        *fit(held, "parameters", "rows", "logits"),
     )
 
 
-def _sizes(structure: FisherStructure, network: Network) -> dict[str, float]:
+def _sizes(structure: FisherStructure, network: Network, overhead: float) -> dict[str, float]:
     model = network.model()
-    found = blocks(model, structure, Protocol())
+    found = blocks(model, structure, Protocol(overhead=overhead))
     return {
         "parameters": model.parameters,
-        "factors": sum(b.count * b.factors for b in found),
+        "factors": sum(b.count * b.whole for b in found),
+        "low_rank": sum(b.count * b.low_rank for b in found),
         "averages": sum(b.count * b.averages for b in found),
         "rows": sum(m.count * network.rows * (m.inputs + m.outputs) for m in model.maps),
         "logits": network.rows * model.logits,

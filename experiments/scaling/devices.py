@@ -88,6 +88,17 @@ class Device:
         slowed = 1 + self.inverse_half_size / size
         return self.inverse_flops * size**3 * slowed / (self.single * self.inverse_efficiency)
 
+    def leading(self, size: int, rank: int) -> float:
+        """Seconds of one sweep of orthogonal iteration with `rank` vectors, and T and K of it.
+
+        X Q twice, QᵀXQ; Q R with Q written out, 4 d r² FLOPs, and an inverse of r x r, 2 r³
+        (Golub & Van Loan 2013, §5.2, §3.4), which are as slow as factorizations of that size.
+        """
+        products = self.products(4 * size**2 * rank + 2 * size * rank**2, half=False)
+        slowed = 1 + self.inverse_half_size / rank
+        flops = 4 * size * rank**2 + 2 * rank**3
+        return products + flops * slowed / (self.single * self.inverse_efficiency)
+
     def eigenvectors(self, size: int) -> float:
         """Seconds of eigenvalues and eigenvectors, 9 d³ FLOPs (Golub & Van Loan 2013, §8.3)."""
         return 9 * size**3 * self._eigen_slowed(size) / (self.single * self.eigh_efficiency)

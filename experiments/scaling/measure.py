@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -9,10 +10,11 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,20 +28,22 @@ from experiments.scaling.calibration import Host
 from experiments.scaling.counting import count_traffic
 from experiments.scaling.devices import INVERSE_BY_LAPACK, Device
 from experiments.scaling.models import perceptron, transformer
-from experiments.scaling.protocol import FisherStructure, Protocol
+from experiments.scaling.protocol import CURVED_EVERY, FisherStructure, Protocol
 from experiments.workload import in_precision, make
 from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.blocks.factor import damped_factor
-from ngplugin.curvature.products import inverse_dtype, quick_float32
+from ngplugin.curvature.blocks.low_rank_factor import low_rank_factor
+from ngplugin.curvature.fisher import Fisher
+from ngplugin.curvature.products import multiplies_bfloat16, quick_float32
 
 COUNTED: tuple[FisherStructure, ...] = ("kronecker", "eigen", "diagonal", "identity", "matrix-free")
 _SIZES = (64, 128, 256, 512, 1024, 2048)  # of factors
 _MESSAGES = (2**8, 2**12, 2**16, 2**20, 2**22, 2**24)  # bytes
 _NOT_TIMED = 20  # the first steps, many of which are observed and refreshed
 
-# So that all parts are met in few steps, and not only together.
+# So that all parts are met in few steps, and not only together: F d of steps that are not measured.
 _OFTEN: dict[str, Any] = {
-    "statistics_every": 3, "refresh_every": 6, "spectrum_every": 12, "measure_every": 5
+    "statistics_every": 3, "refresh_every": 6, "spectrum_every": 12, "measure_every": 8
 }  # fmt: skip
 
 #: Small models of `experiments/tasks` as the formulas see them.
@@ -69,9 +73,16 @@ def measure() -> dict[str, Any]:
 
 
 def count() -> dict[str, Any]:
-    """What the optimizer moves and holds, by structure; the same on every machine."""
+    """What the optimizer moves and holds, by structure; the same on every machine.
+
+    A matrix-free step takes as many iterations as it needs, so what a refresh adds is not to be
+    told by differences; it is what Kronecker blocks have.
+    """
     torch.set_num_threads(1)
-    return {name: asdict(count_traffic(name)) for name in COUNTED}
+    found = {name: asdict(count_traffic(name)) for name in COUNTED}
+    for name in ("refresh_average", "refresh_factor"):
+        found["matrix-free"][name] = found["kronecker"][name]
+    return found
 
 
 def best(run: Callable[[], Any], seconds: float = 0.3) -> float:
@@ -89,11 +100,15 @@ def best(run: Callable[[], Any], seconds: float = 0.3) -> float:
 
 
 def rates() -> dict[str, float]:
-    """FLOP/s and bytes a second, medians over sizes of small models."""
+    """FLOP/s and bytes a second, medians over sizes of small models.
+
+    `half` is of products with inverses, in float32 where a processor has none of bfloat16.
+    """
+    lower = torch.bfloat16 if multiplies_bfloat16(torch.device("cpu")) else torch.float32
     single, half, gram = [], [], []
     for size in (128, 256, 512, 1024):
         X, Y = torch.randn(size, size), torch.randn(size, size)
-        low = X.bfloat16(), Y.bfloat16()
+        low = X.to(lower), Y.to(lower)
         rows = torch.randn(1024, size)
         single.append(2 * size**3 / best(lambda a=X, b=Y: a @ b))
         half.append(2 * size**3 / best(lambda a=low[0], b=low[1]: a @ b))
@@ -160,22 +175,34 @@ def step_parts(
 ) -> dict[str, float]:
     """Seconds of a step's parts, from the steps that have them and those that have not.
 
-    A plain step is forward, backward and update; the first two are timed by themselves.
+    A plain step is forward, backward and update; the first two are timed by themselves. So are
+    inversions, of which each step of a period has some, and condition numbers.
     """
     options, times = optimizer.options, dict[tuple[bool, ...], list[float]]()  # by what a step has
-    for step in range(steps):
-        optimizer.zero_grad()
-        started = time.process_time()
-        with optimizer.observe():
-            value = loss()
-        value.backward()
-        optimizer.step()
-        seconds = time.process_time() - started
-        measured = optimizer.report is not None and optimizer.report.kl is not None
-        every = options.statistics_every, options.refresh_every, options.spectrum_every
-        kind = (*(step % n == 0 for n in every), measured)
-        if step >= _NOT_TIMED:
-            times.setdefault(kind, []).append(seconds)
+    spectra: list[float] = []
+    periods: dict[int, float] = {}
+    curved_step = -CURVED_EVERY
+    with _timed("refresh") as refreshed, _timed("condition") as conditioned:
+        for step in range(steps):
+            optimizer.zero_grad()
+            started = time.process_time()
+            with optimizer.observe():
+                value = loss()
+            value.backward()
+            optimizer.step()
+            seconds = time.process_time() - started
+            refresh, spectrum = sum(refreshed), sum(conditioned)
+            refreshed.clear()
+            conditioned.clear()
+            measured = optimizer.report is not None and optimizer.report.kl is not None
+            curved = measured or step >= curved_step + CURVED_EVERY
+            curved_step = step if curved else curved_step
+            if step >= _NOT_TIMED:
+                kind = step % options.statistics_every == 0, measured, curved
+                times.setdefault(kind, []).append(seconds - refresh - spectrum)
+                period = step // options.refresh_every
+                periods[period] = periods.get(period, 0.0) + refresh
+                spectra += [spectrum] if spectrum else []
 
     def passes() -> None:
         optimizer.zero_grad()
@@ -187,8 +214,25 @@ def step_parts(
     plain, *more = (float(x) for x in parts)
     return {
         "update": plain - best(passes),
-        **dict(zip(("statistics", "refresh", "spectrum", "measured"), more, strict=True)),
+        **dict(zip(("statistics", "measured", "curved"), more, strict=True)),
+        "refresh": min([*periods.values()][1:-1]),  # of whole periods
+        "spectrum": min(spectra),
     }
+
+
+@contextlib.contextmanager
+def _timed(name: str) -> Iterator[list[float]]:
+    """Has the seconds of each call of a method of the Fisher matrix."""
+    method, seconds = getattr(Fisher, name), list[float]()
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        started = time.process_time()
+        result = method(*args, **kwargs)
+        seconds.append(time.process_time() - started)
+        return result
+
+    with mock.patch.object(Fisher, name, timed):
+        yield seconds
 
 
 # -- small models --------------------------------------------------------------------------------
@@ -210,7 +254,7 @@ def time_steps(name: str, steps: int = 100) -> dict[str, float]:
     batches = (in_precision(b, module) for b in loader)
     optimizer = NaturalGradientOptimizer(module.parameters(), weight_decay=0.01, **_OFTEN)
     parts = step_parts(optimizer, lambda: module.loss(next(batches)), steps)
-    names = {"measured": "KL", "spectrum": "condition numbers"}
+    names = {"measured": "KL", "spectrum": "condition numbers", "curved": "F d"}
     return {
         "forward and backward": forward_and_backward,
         "AdamW's update": updated,
@@ -269,22 +313,18 @@ def _time_refresh(name: str) -> dict[str, float]:
     found = [b for b in blocks(SMALL[name], "kronecker", Protocol()) for _ in range(b.count)]
     flat = torch.zeros(sum(b.averages for b in found))
     owner = longest_first([sum(s.groups * s.size**3 for s in b.dense) for b in found], ranks)
-    factors = [[_factor(side) for side in b.dense] for b in found]
-    inverses = [
-        [torch.empty_like(X, dtype=inverse_dtype(X, "auto")) for X in block] for block in factors
-    ]
+    mine = [side for b, o in zip(found, owner, strict=True) if o == rank for side in b.dense]
+    inversions = [_inversion(side) for side in mine]
+    sizes = [sum(b.sent for b, o in zip(found, owner, strict=True) if o == r) for r in range(ranks)]
+    messages = [torch.zeros(size // 4) for size in sizes]
 
     def invert() -> None:
-        for i, block in enumerate(factors):
-            for j, X in enumerate(block):
-                if owner[i] == rank:
-                    made = damped_factor(X, torch.full((len(X), 1, 1), 0.1), "auto")
-                    inverses[i][j] = made.inverse  # type: ignore[union-attr]
+        for inversion in inversions:
+            inversion()
 
     def send() -> None:
-        for i, block in enumerate(inverses):
-            for X in block:
-                dist.broadcast(X, owner[i])
+        for r, message in enumerate(messages):
+            dist.broadcast(message, r)
 
     def reduce() -> None:
         dist.all_reduce(flat)
@@ -293,14 +333,19 @@ def _time_refresh(name: str) -> dict[str, float]:
     return {
         "all-reduce of the averages": _together(reduce),
         "inversions, the slower rank": _slower(invert),
-        "broadcast of the inverses": _together(send),
+        "broadcast of what was inverted": _together(send),
     }
 
 
-def _factor(side: Side) -> Tensor:
-    """A factor as from twice as many rows as it is large, `[group, d, d]`."""
+def _inversion(side: Side) -> Callable[[], Any]:
+    """Of a factor as from twice as many rows as it is large, not its first."""
     X = torch.randn(side.groups, side.size, 2 * side.size)
-    return X @ X.mT / X.shape[-1]
+    X = X @ X.mT / X.shape[-1]
+    damping = torch.full((side.groups, 1, 1), 0.1)
+    if not side.rank:
+        return lambda: damped_factor(X, damping, "auto")
+    start = torch.linalg.qr(torch.randn(side.groups, side.size, side.rank))[0]
+    return lambda: low_rank_factor(X, damping, side.rank, start)
 
 
 # -- this machine as a device --------------------------------------------------------------------

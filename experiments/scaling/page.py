@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.scaling.blocks import blocks
 from experiments.scaling.calibration import Calibration
-from experiments.scaling.costs import Cost, cost
+from experiments.scaling.costs import Cost, cost, curved_share
 from experiments.scaling.devices import DEVICES, TF32, Device
 from experiments.scaling.measure import SMALL, this_machine
 from experiments.scaling.models import MODELS, Model
@@ -103,7 +103,7 @@ class Study:
             changed = replace(changed, device=replace(self.device, gram=tf32[self.device.name]))
         if lever.update is not None:
             traffic = {
-                name: {**numbers, "update_parameter": lever.update}
+                name: {**numbers, "update_parameter": lever.update, "curved_parameter": 0.0}
                 for name, numbers in self.record["traffic"].items()
             }
             changed = replace(changed, record={**self.record, "traffic": traffic})
@@ -172,10 +172,14 @@ class Study:
         rows = {
             "bytes moved: update, a parameter": "update_parameter",
             "update, a number in a factor": "update_factor",
+            "update, a parameter, for each side by eigenvectors": "update_low_rank",
+            "F d, a parameter": "curved_parameter",
+            "F d, a number in a factor": "curved_factor",
             "statistic, a number in the rows": "statistics_row",
             "statistic, a number in the averages": "statistics_average",
             "statistic, a logit": "statistics_logit",
             "refresh, a number in the averages": "refresh_average",
+            "refresh, a number in a factor": "refresh_factor",
             "KL, a parameter": "measured_parameter",
             "KL, a logit": "measured_logit",
             "bytes held: statistic, a number in the rows": "statistics_held_row",
@@ -188,8 +192,8 @@ class Study:
         for name, attribute in rows.items():
             values = (getattr(calibration.traffic[s], attribute) for s in STRUCTURES)
             table.add(name.strip(), *(f"{value:.0f}" for value in values))
-        for attribute in ("update", "statistics", "refresh", "measured"):
-            name = {"measured": "KL"}.get(attribute, attribute)
+        for attribute in ("update", "curved", "statistics", "refresh", "measured"):
+            name = {"measured": "KL", "curved": "F d"}.get(attribute, attribute)
             values = (1e6 * getattr(calibration.host[s], attribute) for s in STRUCTURES)
             table.add(f"host, μs a block: {name}", *(f"{value:.0f}" for value in values))
         return table
@@ -224,18 +228,21 @@ class Study:
                 ((name, "AdamW's update"), adamw.seconds["update"], steps["AdamW's update"])
             )
             natural = cost(model, "kronecker", 1, device, self.calibration, each)
-            for part in ("update", "statistics", "KL", "refresh", "condition numbers"):
+            whole_update = steps["update"] + steps["F d"]
+            found.append(((name, "update, with F d"), natural.seconds["update"], whole_update))
+            for part in ("statistics", "KL", "refresh", "condition numbers"):
                 found.append(((name, part), natural.seconds[part], steps[part]))
             usual = cost(model, "kronecker", 1, device, self.calibration)
             every = Protocol()
             whole = steps["forward and backward"] + steps["update"]
+            whole += curved_share(every) * steps["F d"]
             whole += steps["statistics"] / every.statistics_every
             whole += steps["KL"] / every.measure_every + steps["refresh"] / every.refresh_every
             whole += steps["condition numbers"] / every.spectrum_every
             found.append(((name, "a whole step, on average"), usual.time, whole))
             refresh = self.record["refresh"][name]
             two = cost(model, "kronecker", 2, device, self.calibration, each)
-            sent = refresh["all-reduce of the averages"] + refresh["broadcast of the inverses"]
+            sent = refresh["all-reduce of the averages"] + refresh["broadcast of what was inverted"]
             found.append(
                 (
                     (name, "two ranks: refresh"),
@@ -251,21 +258,19 @@ class Study:
         table = Table(
             "Models",
             ("model", "parameters", "a rank's batch", "blocks", "dense factors", "the largest d",
-             "sides kept diagonal", "10⁹ numbers in factors"),
+             "by eigenvectors", "sides kept diagonal", "10⁹ numbers in factors"),
             left=frozenset({0, 2}),
         )  # fmt: skip
         for model in self.models.values():
             found = blocks(model, "kronecker", self.protocol)
             dense = [side for b in found for side in b.dense]
             factors = sum(b.count * len(b.dense) for b in found)
-            diagonal = sorted(
-                {
-                    side
-                    for m in model.maps
-                    for side in (m.inputs + m.bias, m.outputs)
-                    if side > self.protocol.max_factor or (m.kind != "linear" and side == m.inputs)
-                }
-            )
+            diagonal = {
+                side
+                for m in model.maps
+                for side in (m.inputs + m.bias, m.outputs)
+                if side > self.protocol.max_factor or (m.kind != "linear" and side == m.inputs)
+            }
             numbers = sum(b.count * b.factors for b in found)
             table.add(
                 model.name,
@@ -274,7 +279,8 @@ class Study:
                 str(sum(b.count for b in found)),
                 str(factors),
                 f"{max((side.size for side in dense), default=0):,}",
-                ", ".join(f"{side:,}" for side in diagonal) or "none",
+                _sizes({side.size for side in dense if side.rank}),
+                _sizes(diagonal),
                 f"{numbers / 1e9:.2f}",
             )
         return table
@@ -412,6 +418,10 @@ def _gb(size: float) -> str:
 def _ms(seconds: float) -> str:
     ms = 1e3 * seconds
     return f"{ms:,.0f}" if ms >= 99.5 else f"{ms:.3g}"
+
+
+def _sizes(found: set[int]) -> str:
+    return ", ".join(f"{size:,}" for size in sorted(found)) or "none"
 
 
 def _count(number: float) -> str:

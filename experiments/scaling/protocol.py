@@ -11,6 +11,9 @@ FisherStructure = Literal["kronecker", "eigen", "diagonal", "identity", "matrix-
 #: AdamW is the yardstick.
 Structure = Literal["adamw"] | FisherStructure
 
+#: The most steps between those for which F d is formed, to predict the KL of all with.
+CURVED_EVERY = 6
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -22,6 +25,9 @@ class Protocol:
         measure_every: steps between measurements of the KL; 0 for none.
         spectrum_every: steps between condition numbers; 0 for none.
         max_factor: a factor of a larger size keeps its diagonal only.
+        overhead: a factor the products with which take more than this share of the layer's own
+            forward and backward pass is kept by its leading eigenvectors.
+        rank: by how many, at most.
         cg_iterations: products with F in a matrix-free step, one for the start not counted.
         weight_decay: whether there is any; its part of the predicted KL is one more product with F.
         accumulate: micro-batches of a step.
@@ -41,6 +47,8 @@ class Protocol:
     measure_every: int = 6
     spectrum_every: int = 100
     max_factor: int = 8192
+    overhead: float = 0.15
+    rank: int = 64
     cg_iterations: int = 10
     weight_decay: bool = True
     accumulate: int = 1
