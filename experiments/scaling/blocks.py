@@ -11,7 +11,7 @@ from experiments.scaling.models import Map, Model, Norm
 from experiments.scaling.protocol import Protocol, Structure
 
 HALF = 128  # the smallest factor whose inverse is kept, and multiplied, in bfloat16
-FEWEST_ROWS, ROWS_PER_SIZE, FEWEST_EXAMPLES = 256, 0.25, 16  # of a statistic that is thinned
+FEWEST_ROWS, ROWS_PER_SIZE, FEWEST_EXAMPLES = 256, 0.25, 8  # of a statistic that is thinned
 SMALL, LOWEST_RANK = 128, 32  # a factor of this size is kept whole; eigenvectors of a larger one
 USUAL_ROWS = 1024  # of a step, by which blocks go that do not see theirs
 EVEN, NARROW = 16, 64  # columns are a multiple of, where there is a bias and they are more than
