@@ -90,7 +90,7 @@ COURSES = {
     "mnist5k_cnn": Course(
         "three convolutions with BatchNorm on 5,000 images of MNIST, batches of 128",
         ("data=mnist5k", "model=cnn", "data.batch_size=128"),
-        seconds=9,
+        seconds=15,
         metric="accuracy",
         higher=True,
         prediction="categorical",
@@ -99,7 +99,7 @@ COURSES = {
     "autoencoder": Course(
         "autoencoder 784-1000-500-250-30 and back, tanh, on the same images, batches of 500",
         ("experiment=autoencoder",),
-        seconds=20,
+        seconds=30,
         metric="loss",
         prediction="bernoulli",
         judged=2,
@@ -107,7 +107,7 @@ COURSES = {
     "char_transformer": Course(
         "transformer of 2 layers, width 128, on 64 characters of Python's help, batches of 32",
         ("experiment=char_transformer",),
-        seconds=20,
+        seconds=30,
         metric="loss",
         prediction="categorical",
         points=30,
