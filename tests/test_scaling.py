@@ -23,7 +23,7 @@ from experiments.scaling.assignment import longest_first, makespan
 from experiments.scaling.blocks import FEWEST_EXAMPLES, FEWEST_ROWS, HALF, ROWS_PER_SIZE
 from experiments.scaling.calibration import Calibration, stored
 from experiments.scaling.collectives import all_reduce, broadcasts
-from experiments.scaling.costs import PRODUCT_PASSES, cost, curved_share, score_passes
+from experiments.scaling.costs import PRODUCT_PASSES, cost, curved_share, pace, score_passes
 from experiments.scaling.counting import Counter, Network, count_steps
 from experiments.scaling.devices import DEVICES, INVERSE_BY_LAPACK
 from experiments.scaling.models import (
@@ -46,6 +46,7 @@ from ngplugin.curvature.blocks import kronecker as real_kronecker
 from ngplugin.curvature.blocks import kronecker_product, matrix_layout
 from ngplugin.curvature.blocks.block import BlockDamping
 from ngplugin.curvature.blocks.low_rank_factor import LowRankFactor
+from ngplugin.curvature.pace import Work
 from ngplugin.curvature.taps import map_call
 
 F = torch.nn.functional
@@ -209,7 +210,7 @@ def test_an_owner_sends_as_many_bytes_as_an_inversion_gives(kind, structure, mon
     model, x, y, shapes = batch(kind)
     optimizer = NaturalGradientOptimizer(model.parameters(), structure=structure)
     steps(optimizer, model, x, y, 3)
-    damping = BlockDamping(0.1, "relative", 1.0, products="auto", overhead=0.15, rank=64)
+    damping = BlockDamping(0.1, "relative", 1.0, products="auto", share=0.15, rank=64)
     inverted = [block.invert(damping) for block in real_blocks(optimizer)]
     real = sorted(sum(t.numel() * t.element_size() for t in found.values()) for found in inverted)
     found = on_paper.blocks(shapes, structure, Protocol())
@@ -222,11 +223,25 @@ def test_an_owner_sends_as_many_bytes_as_an_inversion_gives(kind, structure, mon
 def test_factors_are_kept_by_as_many_eigenvectors_as_the_package_keeps(rows, rank, overhead):
     block = real_kronecker.KroneckerBlock(torch.zeros(2, 2))
     block.rows = float(rows)
-    how = BlockDamping(0.1, overhead=overhead, rank=rank)
+    how = BlockDamping(0.1, share=overhead, rank=rank)
     for size in (20, 65, 128, 129, 449, 451, 602):
         kept = block._inverted("A", torch.eye(size)[None], torch.full((1, 1, 1), 0.1), how)
         found = kept.basis.shape[-1] if isinstance(kept, LowRankFactor) else 0
-        assert found == on_paper.kept_rank(size, rows, Protocol(overhead=overhead, rank=rank))
+        assert found == on_paper.kept_rank(size, rows, Protocol(overhead=4 * overhead, rank=rank))
+
+
+@pytest.mark.parametrize("structure", ["kronecker", "eigen", "diagonal"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("overhead", [0.6, 1e9])
+def test_the_optimizer_counts_the_work_on_paper(kind, structure, overhead):
+    model, x, y, shapes = batch(kind)
+    optimizer = NaturalGradientOptimizer(model.parameters(), structure=structure, overhead=overhead)
+    steps(optimizer, model, x, y, 1)
+    protocol = Protocol(overhead=overhead)
+    found = on_paper.blocks(shapes, structure, protocol)
+    work = sum((b.work for b in found for _ in range(b.count)), Work())
+    assert dataclasses.astuple(optimizer._engine._work) == pytest.approx(dataclasses.astuple(work))
+    assert optimizer.pace == pace(found, protocol)
 
 
 def test_the_constants_are_those_of_the_package():
@@ -239,6 +254,7 @@ def test_the_constants_are_those_of_the_package():
     assert kronecker_product._USUAL_ROWS == on_paper.USUAL_ROWS
     assert kronecker_product._SMALL_SIZE == on_paper.SMALL
     assert kronecker_product._LOWEST_RANK == on_paper.LOWEST_RANK
+    assert kronecker_product._AVERAGED == on_paper.AVERAGED
     assert (matrix_layout._EVEN, matrix_layout._SMALL) == (on_paper.EVEN, on_paper.NARROW)
     assert natural_step._CURVED_EVERY == CURVED_EVERY
     options = NaturalGradientOptimizer([nn.Parameter(torch.ones(1))]).options
@@ -303,7 +319,7 @@ def test_f_d_is_formed_on_about_as_many_steps_as_on_paper(measure_every, monkeyp
 
         monkeypatch.setattr(block, "precondition", precondition)
     steps(optimizer, model, x, y, 120)
-    share = curved_share(Protocol(measure_every=measure_every or 0))
+    share = curved_share(measure_every or 0, 20)
     assert sum(formed) / len(formed) == pytest.approx(share, rel=0.25)
 
 
@@ -480,7 +496,7 @@ def test_more_ranks_never_shorten_sending_nor_prolong_inverting(name, structure,
 def test_what_is_done_rarely_costs_less_of_a_step(field, calibration):
     usual = Protocol()
     rarer = dataclasses.replace(usual, **{field: 2 * getattr(usual, field)})
-    model = MODELS["gpt2-small"]
+    model = MODELS["vit-b"]
 
     def overhead(protocol):
         adamw = cost(model, "adamw", 8, A100, calibration, protocol)

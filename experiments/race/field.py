@@ -45,7 +45,7 @@ FIELD = {
         "L-BFGS", own.LBFGS,
         {c: {"lr": Axis(1.0), "history_size": Axis(20, 3.0)} for c in COURSES},
         unable={
-            "mnist5k_cnn": "a pass over all of the images takes a quarter of the race",
+            "mnist5k_cnn": "a pass over all of the images takes two fifths of the race",
             "char_transformer": "a pass over all of the text takes longer than the race",
         },
         options="whole training set, strong Wolfe line search",

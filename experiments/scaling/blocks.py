@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experiments.scaling.models import Map, Model, Norm
 from experiments.scaling.protocol import Protocol, Structure
+from ngplugin.curvature.pace import Work
 
 HALF = 128  # the smallest factor whose inverse is kept, and multiplied, in bfloat16
 FEWEST_ROWS, ROWS_PER_SIZE, FEWEST_EXAMPLES = 256, 0.25, 8  # of a statistic that is thinned
 SMALL, LOWEST_RANK = 128, 32  # a factor of this size is kept whole; eigenvectors of a larger one
 USUAL_ROWS = 1024  # of a step, by which blocks go that do not see theirs
+AVERAGED = 32  # rows of a second moment that take as long as averaging it
 EVEN, NARROW = 16, 64  # columns are a multiple of, where there is a bias and they are more than
 
 
@@ -109,6 +111,7 @@ class Block:
         direction: products of every step, d = (F + damping)⁻¹ v.
         curved: products of F d besides.
         product: of F with a vector that is no d.
+        work: what the optimizer counts to settle how often curvature is due.
     """
 
     kind: str
@@ -126,6 +129,7 @@ class Block:
     direction: tuple[Product, ...] = ()
     curved: tuple[Product, ...] = ()
     product: tuple[Product, ...] = ()
+    work: Work = field(default_factory=Work)
 
     @property
     def numel(self) -> int:
@@ -207,7 +211,7 @@ def kept_rank(size: int, rows: int, protocol: Protocol) -> int:
     """By how many eigenvectors a refresh keeps a dense factor; 0 if it is whole.
 
     A product with a factor takes d multiplications for each element of the layer's matrix, 2 r by
-    its eigenvectors; forward and backward take 3 for each row. Where d is more than a share
+    its eigenvectors; forward and backward take 3 for each row. Where d is more than a quarter of
     `overhead` of that, r is as many as the share allows, between 32 and `rank`.
 
     Args:
@@ -215,7 +219,7 @@ def kept_rank(size: int, rows: int, protocol: Protocol) -> int:
         rows: of the layer in a step, on one rank.
         protocol: has `overhead` and `rank`.
     """
-    room = 3 * protocol.overhead * rows
+    room = 3 * protocol.overhead / 4 * rows
     rank = max(LOWEST_RANK, int(min(protocol.rank, room / 2)))
     return 0 if size <= max(room, 2 * rank, SMALL) else rank
 
@@ -233,6 +237,7 @@ def kronecker(m: Map, examples: int, protocol: Protocol) -> Block:
         averages=A.numbers + G.numbers + m.groups,  # and the number of rows
         gram=sum(s.second_moment(rows) for s in (A, G)),
         rows=m.groups * rows * (A.columns + G.size),
+        work=_work(3 * step_rows, (A, protocol.accumulate * rows), (G, protocol.accumulate * rows)),
         **_inverted(A, G),
     )
 
@@ -249,6 +254,7 @@ def half_diagonal(m: Map, examples: int, protocol: Protocol) -> Block:
         averages=uses * (S.numbers + D.numbers + 1),  # and the number of rows
         gram=uses * S.second_moment(rows),
         rows=rows * (S.size + (S.size + D.size if uses == 2 else 0)),
+        work=_work(0 if m.kind == "lookup" else 3 * USUAL_ROWS, (S, USUAL_ROWS), (D, 0)),
         **_inverted(S, D),
     )
 
@@ -266,6 +272,7 @@ def gradient_kronecker(outputs: int, inputs: int, protocol: Protocol) -> Block:
         averages=A.numbers + G.numbers + 1,  # and the number of draws
         gram=A.second_moment(outputs) + G.second_moment(inputs),
         rows=2 * inputs * outputs,
+        work=_work(3 * USUAL_ROWS, (A, outputs), (G, inputs)),
         **_inverted(A, G),
     )
 
@@ -303,6 +310,9 @@ def eigen(m: Map, examples: int, protocol: Protocol) -> Block:
     sides = tuple(s for s in (A, G) if s.dense)
     turn = sum(_beside(s, A, G) for s in sides)  # UᵀV or V U, both sides
     refreshed = A.numbers + G.numbers + P + 4 * m.groups  # bases, M, settings of the damping
+    step_rows, k = protocol.accumulate * examples * m.shared, protocol.accumulate
+    work = _work(3 * step_rows, (A, k * rows), (G, k * rows), inversion=6)
+    along = m.groups * k * rows * (A.size**2 + G.size**2 + A.size * G.size)
     return Block(
         "eigen",
         m.count,
@@ -314,12 +324,34 @@ def eigen(m: Map, examples: int, protocol: Protocol) -> Block:
         inverse=4 * refreshed,
         gram=sum(s.second_moment(rows) for s in (A, G)) + _squared_gradients(A, G, taken, rows),
         rows=m.groups * rows * (A.columns + G.size),
+        work=replace(work, statistics=work.statistics + along),
         # R = U_newᵀ U_old, then its elementwise square times M
         carried=sum(2 * s.groups * s.size**3 + _beside(s, A, G) for s in sides),
         direction=(Product(2 * turn, False),),  # to the basis and back
         curved=(Product(turn, False),),  # back
         product=(Product(2 * turn, False),),
     )
+
+
+def _work(each: float, *sides: tuple[Side, float], inversion: float = 1) -> Work:
+    """Multiplications, as the optimizer counts them to settle how often curvature is due.
+
+    Args:
+        each: of the pass forward and backward, for each element of the weight.
+        sides: each with the rows of its second moment.
+        inversion: d³ of it that a whole factor takes.
+    """
+    groups = sides[0][0].groups
+    passing = each * groups * math.prod(side.size for side, _ in sides)
+    dense = [(side, rows) for side, rows in sides if side.dense]
+    moments = sum(side.size**2 * (rows + AVERAGED) for side, rows in dense)
+    inversions = sum(
+        2 * side.size**2 * side.rank + 4 * side.size * side.rank**2
+        if side.rank
+        else inversion * side.size**3
+        for side, _ in dense
+    )
+    return Work(passing, passing / 3 + groups * moments, groups * inversions, maps=1)
 
 
 def _sides(m: Map, max_factor: int) -> tuple[Side, Side]:

@@ -12,6 +12,7 @@ from experiments.scaling.collectives import all_reduce, broadcasts
 from experiments.scaling.devices import Device
 from experiments.scaling.models import Model
 from experiments.scaling.protocol import CURVED_EVERY, Protocol, Structure
+from ngplugin.curvature.pace import Pace, Work
 
 #: Forward passes that a product with all of F is worth, J v and then Jᵀ u: each has two products of
 #: matrices where a forward pass has one.
@@ -76,10 +77,17 @@ def score_passes(structure: Structure) -> int:
     return 2 if structure == "diagonal" else 1
 
 
-def curved_share(protocol: Protocol) -> float:
+def curved_share(measure_every: int, refresh_every: int) -> float:
     """Of how many steps F d is formed: measured ones, every sixth, and after a refresh."""
-    share = 1 / min(protocol.measure_every or CURVED_EVERY, CURVED_EVERY)
-    return share + (1 - share) / protocol.refresh_every
+    share = 1 / min(measure_every or CURVED_EVERY, CURVED_EVERY)
+    return share + (1 - share) / refresh_every
+
+
+def pace(blocks: Sequence[Block], protocol: Protocol) -> Pace:
+    """How often curvature is due; see `ngplugin.curvature.pace`."""
+    work = sum((b.work for b in blocks for _ in range(b.count)), Work())
+    asked = Pace(protocol.statistics_every, protocol.refresh_every)
+    return asked.within(work, protocol.overhead / 4) if protocol.paced else asked
 
 
 class _Step:
@@ -97,6 +105,7 @@ class _Step:
         self.traffic = calibration.traffic[structure]
         self.host = calibration.host[structure]
         self.blocks = blocks(model, structure, protocol)
+        self.pace = pace(self.blocks, protocol)
         self.count = sum(b.count for b in self.blocks)
         self.averages = sum(b.count * b.averages for b in self.blocks)
         self.whole = sum(b.count * b.whole for b in self.blocks)
@@ -159,7 +168,7 @@ class _Step:
     def sent(self) -> dict[str, float]:
         if self.ranks == 1:
             return {}
-        P, every = self.model.parameters, self.protocol.refresh_every
+        P, every = self.model.parameters, self.pace.refresh_every
         result = {"gradients": float(self.protocol.parameter_bytes * P)}
         if self.structure == "adamw":
             return result
@@ -186,10 +195,10 @@ class _Step:
             return result
         measure_every = 1 if self.structure == "matrix-free" else p.measure_every
         return result | {
-            "statistics": self._statistics() / p.statistics_every,
+            "statistics": self._statistics() / self.pace.statistics_every,
             "KL": self._measurement() / measure_every if measure_every else 0.0,
-            "refresh": self._refresh() / p.refresh_every,
-            "exchange": self._exchange() / p.refresh_every,
+            "refresh": self._refresh() / self.pace.refresh_every,
+            "exchange": self._exchange() / self.pace.refresh_every,
             "condition numbers": self._spectrum() / p.spectrum_every if p.spectrum_every else 0.0,
         }
 
@@ -199,7 +208,7 @@ class _Step:
         moved = t.update_parameter * P + t.update_factor * self.whole
         moved += t.update_low_rank * self.low_rank
         curved = t.curved_parameter * P + t.curved_factor * self.whole
-        share = curved_share(self.protocol)
+        share = self._curved_share()
         seconds = self.device.traffic(moved + share * curved)
         products = [self._block_products(b) for b in self.blocks for _ in range(b.count)]
         if self.protocol.sharded_products:
@@ -221,7 +230,10 @@ class _Step:
             return (self.protocol.cg_iterations + 3) * (direction + curved)
         if self.protocol.weight_decay:  # its part of F Δ
             curved += self._products(b.product)
-        return direction + curved_share(self.protocol) * curved
+        return direction + self._curved_share() * curved
+
+    def _curved_share(self) -> float:
+        return curved_share(self.protocol.measure_every, self.pace.refresh_every)
 
     def _products(self, products: Sequence[Product]) -> float:
         return sum(self.device.products(x.flops, x.half) for x in products)

@@ -10,7 +10,7 @@ from typing import Any
 
 from experiments.scaling.blocks import blocks
 from experiments.scaling.calibration import Calibration
-from experiments.scaling.costs import Cost, cost, curved_share
+from experiments.scaling.costs import Cost, cost, curved_share, pace
 from experiments.scaling.devices import DEVICES, TF32, Device
 from experiments.scaling.measure import SMALL, this_machine
 from experiments.scaling.models import MODELS, Model
@@ -217,7 +217,7 @@ class Study:
         """
         machine = this_machine(self.record)
         found: list[tuple[tuple[str, str], float, float]] = []
-        each = Protocol(statistics_every=1, refresh_every=1, measure_every=1, spectrum_every=1)
+        each = Protocol(1, 1, measure_every=1, spectrum_every=1, paced=False)
         for name, model in SMALL.items():
             steps = self.record["steps"][name]
             passes = 3 * model.forward / machine.training
@@ -234,10 +234,11 @@ class Study:
                 found.append(((name, part), natural.seconds[part], steps[part]))
             usual = cost(model, "kronecker", 1, device, self.calibration)
             every = Protocol()
+            due = pace(blocks(model, "kronecker", every), every)
             whole = steps["forward and backward"] + steps["update"]
-            whole += curved_share(every) * steps["F d"]
-            whole += steps["statistics"] / every.statistics_every
-            whole += steps["KL"] / every.measure_every + steps["refresh"] / every.refresh_every
+            whole += curved_share(every.measure_every, due.refresh_every) * steps["F d"]
+            whole += steps["statistics"] / due.statistics_every
+            whole += steps["KL"] / every.measure_every + steps["refresh"] / due.refresh_every
             whole += steps["condition numbers"] / every.spectrum_every
             found.append(((name, "a whole step, on average"), usual.time, whole))
             refresh = self.record["refresh"][name]

@@ -20,14 +20,16 @@ class Protocol:
     """The optimizer's options that cost something; defaults are its own.
 
     Attributes:
-        statistics_every: steps between statistics of F.
-        refresh_every: steps between inversions.
+        statistics_every: the fewest steps between statistics of F.
+        refresh_every: the fewest steps between inversions.
         measure_every: steps between measurements of the KL; 0 for none.
         spectrum_every: steps between condition numbers; 0 for none.
         max_factor: a factor of a larger size keeps its diagonal only.
-        overhead: a factor the products with which take more than this share of the layer's own
-            forward and backward pass is kept by its leading eigenvectors.
-        rank: by how many, at most.
+        overhead: share of the model's own multiplications that curvature may add. A factor the
+            products with which take more than a quarter of it of the layer's own is kept by its
+            leading eigenvectors; statistics and inversions that do are rarer.
+        rank: by how many eigenvectors, at most.
+        paced: whether they are.
         cg_iterations: products with F in a matrix-free step, one for the start not counted.
         weight_decay: whether there is any; its part of the predicted KL is one more product with F.
         accumulate: micro-batches of a step.
@@ -47,8 +49,9 @@ class Protocol:
     measure_every: int = 6
     spectrum_every: int = 100
     max_factor: int = 8192
-    overhead: float = 0.15
+    overhead: float = 0.6
     rank: int = 64
+    paced: bool = True
     cg_iterations: int = 10
     weight_decay: bool = True
     accumulate: int = 1

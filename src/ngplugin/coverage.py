@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ngplugin.curvature.fisher import Fisher
+from ngplugin.curvature.pace import Pace
 from ngplugin.options import Options
 from ngplugin.report import Coverage, CoverageRow
 
@@ -15,6 +16,7 @@ def coverage_of(
     fisher: Fisher,
     options: Options,
     losses: Sequence[str],
+    pace: Pace,
     names: Mapping[int, str] | None = None,
 ) -> Coverage:
     """One row for each parameter, in the order of the groups.
@@ -24,6 +26,7 @@ def coverage_of(
         fisher: has the blocks.
         options: what the optimizer was made with.
         losses: what the Fisher information was read from, in words.
+        pace: how often it is seen and inverted.
         names: id of a parameter to its name; otherwise names given in the parameter groups,
             otherwise numbers.
     """
@@ -46,4 +49,4 @@ def coverage_of(
                 counted.add(id(block))
             label = (names or {}).get(id(p)) or name or f"parameter {len(rows)}"
             rows.append(CoverageRow(label, tuple(p.shape), kind, reason, kept))
-    return Coverage(rows, tuple(losses))
+    return Coverage(rows, tuple(losses), pace.statistics_every, pace.refresh_every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.fisher import Condition, Fisher
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
+from ngplugin.curvature.pace import Pace, Work
 from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.direction import Direction
@@ -38,6 +40,7 @@ from ngplugin.unmeasured_step import UnmeasuredStep
 
 _FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
 _CURVED_EVERY = 6  # the most steps between those for which F d is formed
+_SHARES = 4  # of the overhead: products with A, and with G, statistics, inversions
 _MOST_TRIALS = 8  # of one step, with more and more damping
 _MOST_BAD_BATCHES = 10  # at the start, without any that gives a Fisher
 
@@ -53,6 +56,7 @@ class NaturalGradientStep:
         steps: how many were made.
         report: of the last one.
         losses: names of those that were scored so far.
+        pace: how often F is seen and inverted.
         listeners: are given the report of each step.
         watch: what is observed of the step that is being made up.
     """
@@ -67,6 +71,8 @@ class NaturalGradientStep:
         self.report: StepReport | None = None
         self.losses: list[str] = []
         self.listeners: list[Callable[[StepReport], None]] = []
+        self.pace = Pace(options.statistics_every, options.refresh_every)
+        self._work: Work | None = None  # of curvature, counted at the first statistics
         self._solver: Solver = BlockSolver()
         if options.structure == "matrix-free":
             self._solver = MatrixFreeSolver(options.cg_iterations)
@@ -103,14 +109,14 @@ class NaturalGradientStep:
         if options.structure == "identity" and options.kl_radius is None:
             return Needs(statistics=False, record=False)
         statistics = self._statistics_due()
-        busy = statistics and options.statistics_every > 1
+        busy = statistics and self.pace.statistics_every > 1
         record = self._solver.needs_tape or self._bound.measurement_due(self.steps, busy)
         record = record or self._steers_damping() is not None
         return Needs(statistics, record or options.step_size == "line-search")
 
     def _statistics_due(self) -> bool:
         """On each of the first steps, and once in every so many; not all may be seen."""
-        every = self.options.statistics_every
+        every = self.pace.statistics_every
         usual = self.steps < max(_FIRST_STEPS, self.options.burn_in)
         usual = usual or self.steps // every > self._statistics_step // every
         return usual or self._exact_block() is not None or not self._knows_curvature()
@@ -262,7 +268,9 @@ class NaturalGradientStep:
             if dropped and self.steps < _MOST_BAD_BATCHES:
                 return dropped, 0  # a bad batch, as any may be
             raise StepOrderError(why_no_fisher(observations))
-        due = self.fisher.due(self.steps, options.refresh_every, options.statistics_every)
+        if self._work is None:
+            self._count(rule)
+        due = self.fisher.due(self.steps, self.pace.refresh_every, self.pace.statistics_every)
         failed = self.fisher.refresh(rule, due)
         if due is not None and rule.value != self._refreshed_damping:
             self.fisher.redamp(rule)
@@ -272,10 +280,20 @@ class NaturalGradientStep:
             self._condition, self._condition_step = self.fisher.condition(), self.steps
         return dropped, failed
 
+    def _count(self, rule: BlockDamping) -> None:
+        """Settle for good how often curvature is due, now that it is known what it takes."""
+        self._work = self.fisher.work(rule)
+        self._keep_pace()
+
+    def _keep_pace(self) -> None:
+        options, work = self.options, self._work
+        asked = Pace(options.statistics_every, options.refresh_every)
+        self.pace = asked if work is None else asked.within(work, options.overhead / _SHARES)
+
     def _condition_due(self) -> bool:
         """Every so often, on a step that has least else to do: the one before statistics."""
         late = self.steps - self._condition_step - self.options.spectrum_every
-        quiet = (self.steps + 1) % self.options.statistics_every == 0
+        quiet = (self.steps + 1) % self.pace.statistics_every == 0
         return self._condition_step < 0 or (late >= 0 and quiet)
 
     def _knows_curvature(self) -> bool:
@@ -296,7 +314,7 @@ class NaturalGradientStep:
             options.damping_mode,
             options.sampling_damping,
             products=options.products,
-            overhead=options.overhead,
+            share=options.overhead / _SHARES,
             rank=options.rank,
         )
 
@@ -438,6 +456,7 @@ class NaturalGradientStep:
             "condition_step": self._condition_step,
             "statistics_step": self._statistics_step,
             "curved_step": self._curved_step,
+            "work": self._work and dataclasses.astuple(self._work),
             "beside": self._proposals.beside,
         }
 
@@ -473,6 +492,9 @@ class NaturalGradientStep:
         self._condition = state["condition"] and Condition(*state["condition"])
         self._condition_step = int(state["condition_step"])
         self._statistics_step = int(state.get("statistics_step", self.steps - 1))
+        work = state.get("work")
+        self._work = work and Work(*work)
+        self._keep_pace()
         self._curved_step = int(state.get("curved_step", self.steps - _CURVED_EVERY))
         self._proposals.beside = float(state.get("beside", 1.0))
         return places

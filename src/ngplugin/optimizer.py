@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from ngplugin.coverage import coverage_of
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind, LossScaler
+from ngplugin.curvature.pace import Pace
 from ngplugin.curvature.products import Products
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
@@ -109,24 +110,27 @@ class NaturalGradientOptimizer(Optimizer):
             `nn.MultiheadAttention`; where other layers have the tokens first, leave it at
             `"expand"`.
         max_factor: a side of a matrix that is larger keeps the diagonal of its factor only.
-        overhead: what a product with the inverse of a factor may take, as a share of the layer's
-            own forward and backward pass: d / (3 · rows) for a side of d units and so many rows a
-            step (examples, tokens, pixels). Where it is more, the factor is kept by its `rank`
-            leading eigenvectors and the mean of the other eigenvalues, unless that is no less work.
-            Counted and not timed, so that a run can be repeated. 0 for leading eigenvectors
-            everywhere, 1e9 for whole factors.
-        rank: see `overhead`; 4 · rank / (3 · rows) is what such a product takes. Puiu 2022
-            (arXiv:2206.15397); with 64 of 1,000 the autoencoder of `experiments/` loses nothing a
-            step, with 32 a little.
+        overhead: what curvature may add to the multiplications of a step's own forward and backward
+            pass, as a share, on average over steps; without the forward passes that measure the KL.
+            A quarter is for products with each of a layer's two factors. One takes d / (3 · rows),
+            for a side of d units and so many rows a step (examples, tokens, pixels); where that is
+            more, the factor is kept by its `rank` leading eigenvectors and the mean of the other
+            eigenvalues, unless that is no less work. A quarter each is for statistics and for
+            inversions, which are rarer where they would take more, up to ten times; see `Pace`.
+            Counted at the first step and not timed, so that a run can be repeated. 1e9 for whole
+            factors, statistics and inversions whatever they take.
+        rank: see `overhead`; 4 · rank / (3 · rows) is what such a product takes. Source: Puiu 2022
+            (arXiv:2206.15397).
         cg_iterations: the most products with F for a `"matrix-free"` step, each about two backward
             passes; every step starts from the last one's direction.
         products: in what float32 gradients are multiplied by the inverses. `"auto"`: bfloat16 for
             factors of a size of 128 or more where the hardware has products of it, `"full"`:
             float32.
         decay: β of the running average of F, in [0, 1).
-        statistics_every: steps between statistics of F; the first five steps give one each.
-        refresh_every: steps between two inversions of a block, after those of all blocks at steps
-            0, 1, 2, 4, 8, ...; blocks take turns, so that no step has much to invert.
+        statistics_every: the fewest steps between statistics of F; the first five steps give one
+            each. See `overhead` for when they are more, and `pace` for how many.
+        refresh_every: the fewest steps between two inversions of a block, after those of all blocks
+            at steps 0, 1, 2, 4, 8, ...; blocks take turns, so that no step has much to invert.
         burn_in: first steps that only gather statistics and move nothing.
         noise_variance: σ² of squared-error losses. `"auto"`: the batch's mean squared error.
             `"running"`: what a nat is worth by the batches, averaged over observed steps with
@@ -161,7 +165,7 @@ class NaturalGradientOptimizer(Optimizer):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
-        overhead: float = 0.15,
+        overhead: float = 0.6,
         rank: int = 64,
         cg_iterations: int = 10,
         products: Products = "auto",
@@ -238,6 +242,11 @@ class NaturalGradientOptimizer(Optimizer):
     def options(self) -> Options:
         """What the optimizer was made with."""
         return self._engine.options
+
+    @property
+    def pace(self) -> Pace:
+        """Steps between statistics, and between inversions of a block; settled at the first."""
+        return self._engine.pace
 
     @property
     def listeners(self) -> list[Callable[[StepReport], None]]:
@@ -327,7 +336,9 @@ class NaturalGradientOptimizer(Optimizer):
                 otherwise numbers.
         """
         engine, names = self._engine, names or self.parameter_names
-        return coverage_of(self.param_groups, engine.fisher, self.options, engine.losses, names)
+        return coverage_of(
+            self.param_groups, engine.fisher, self.options, engine.losses, engine.pace, names
+        )
 
     # -- saving --------------------------------------------------------------------------------
 

@@ -50,7 +50,7 @@ class Options:
     structure: Structure = "auto"
     weight_sharing: WeightSharing = "expand"
     max_factor: int = 8192
-    overhead: float = 0.15
+    overhead: float = 0.6
     rank: int = 64
     cg_iterations: int = 10
     products: Products = "auto"

@@ -75,10 +75,14 @@ class Coverage:
     Attributes:
         rows: one a parameter.
         losses: what the Fisher information was read from, in words.
+        statistics_every: steps between statistics; the most of several optimizers'.
+        refresh_every: steps between inversions of a block; likewise.
     """
 
     rows: Sequence[CoverageRow]
     losses: tuple[str, ...] = ()
+    statistics_every: int = 1
+    refresh_every: int = 1
     columns: tuple[str, ...] = ("parameter", "shape", "block", "why", "numbers kept")
 
     def cells(self) -> list[tuple[str, ...]]:
@@ -98,6 +102,13 @@ class Coverage:
         return "; ".join(
             f"{kind}: {numbers:,} numbers in {tensors} tensors"
             for kind, (tensors, numbers) in count.items()
+        )
+
+    def pace(self) -> str:
+        """One line: how often curvature is seen and inverted."""
+        return (
+            f"Statistics every {self.statistics_every} steps, inverses every {self.refresh_every}; "
+            "oftener at first"
         )
 
     def sources(self) -> str:

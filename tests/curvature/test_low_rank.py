@@ -121,7 +121,7 @@ def seen(inputs=200, outputs=150, rows=40, bias=True):
 @pytest.mark.parametrize("value", [0.01, 1.0])
 def test_a_block_solves_with_the_factors_that_it_keeps(sides, bias, value):
     block = seen(*sides, bias=bias)
-    assert block.refresh(BlockDamping(value, overhead=0.15))
+    assert block.refresh(BlockDamping(value, share=0.15))
     sizes = {"A": sides[0] + bias, "G": sides[1]}
     kept, damped = {}, {}
     for name, size in sizes.items():
@@ -159,7 +159,7 @@ def test_a_block_solves_with_the_factors_that_it_keeps(sides, bias, value):
 def test_which_factors_are_whole_follows_from_the_rows_of_a_step(rows, overhead, ranks):
     block = seen(rows=rows)
     assert block.rows == rows  # whatever the statistics were of
-    block.refresh(BlockDamping(0.1, overhead=overhead))
+    block.refresh(BlockDamping(0.1, share=overhead))
     for name, rank in zip("AG", ranks, strict=True):
         basis = block._refreshed.get(f"{name}_basis")
         assert (None if basis is None else basis.shape[-1]) == rank
@@ -176,7 +176,7 @@ def test_rows_are_those_of_all_calls_of_a_step_in_each_group():
 
 def test_a_small_factor_is_whole_whatever_the_rows():
     block = seen(127, 128, rows=2)
-    block.refresh(BlockDamping(0.1, overhead=0.0))
+    block.refresh(BlockDamping(0.1, share=0.0))
     assert not any("basis" in name for name in block._refreshed)
 
 

@@ -25,6 +25,7 @@ from ngplugin.curvature.blocks import (
 from ngplugin.curvature.blocks.block import curvature_dtype, rounding
 from ngplugin.curvature.exact_rows import ExactRows
 from ngplugin.curvature.likelihoods import ScoredCall
+from ngplugin.curvature.pace import Work
 from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.curvature.ranks import largest_over_ranks, several_ranks
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
@@ -295,6 +296,11 @@ class Fisher:
     @staticmethod
     def _rounding(ready: Sequence[Block]) -> float:
         return float(rounding(curvature_dtype(ready[0].parameters[0])) ** 2)
+
+    def work(self, damping: BlockDamping) -> Work:
+        """What statistics like the last ones, and the inversion of all blocks, take."""
+        found = [block.work(damping) for block in self.blocks if block.ready]
+        return sum(found, Work()).over_ranks(self.parameters[0].device)
 
     def refresh_every_step(self, damping: BlockDamping) -> int:
         """The same for the blocks that are of one batch; may be done again with more damping."""

@@ -76,16 +76,18 @@ class NaturalGradient(Callback):
         weight_sharing: tokens or pixels of an example count as independent rows, `"expand"`, or as
             one row, `"reduce"`.
         max_factor: a larger side of a matrix keeps the diagonal of its factor only.
-        overhead: share of a layer's own time that a product with a factor may take, by counting;
-            where it is more, the factor is kept by its `rank` leading eigenvectors.
+        overhead: what curvature may add to the multiplications of the model's own passes, as a
+            share; where it would be more, factors are kept by their `rank` leading eigenvectors,
+            and statistics and inversions are rarer.
         rank: how many these are.
         cg_iterations: the most products with F for a `"matrix-free"` step.
         products: gradients with inverses in bfloat16 where that is fast, `"auto"`, or in float32,
             `"full"`.
         decay: of the running average of F, in [0, 1).
-        statistics_every: steps between statistics of F; those of the first five are all taken.
-        refresh_every: steps between two inversions of a block, after those of all at steps 0, 1, 2,
-            4, 8, ...; blocks take turns.
+        statistics_every: the fewest steps between statistics of F; those of the first five are all
+            taken.
+        refresh_every: the fewest steps between two inversions of a block, after those of all at
+            steps 0, 1, 2, 4, 8, ...; blocks take turns.
         burn_in: first steps that only gather statistics.
         noise_variance: of squared-error losses: `"auto"`, the batch's mean squared error,
             `"running"`, averaged over steps, or a number.
@@ -121,7 +123,7 @@ class NaturalGradient(Callback):
         structure: Structure = "auto",
         weight_sharing: WeightSharing = "expand",
         max_factor: int = 8192,
-        overhead: float = 0.15,
+        overhead: float = 0.6,
         rank: int = 64,
         cg_iterations: int = 10,
         products: Products = "auto",
@@ -201,7 +203,12 @@ class NaturalGradient(Callback):
             return self._ng_optimizers[optimizer].coverage()
         found = [each.coverage() for each in self._ng_optimizers]
         losses = dict.fromkeys(loss for each in found for loss in each.losses)
-        return Coverage([row for each in found for row in each.rows], tuple(losses))
+        return Coverage(
+            [row for each in found for row in each.rows],
+            tuple(losses),
+            max(each.statistics_every for each in found),
+            max(each.refresh_every for each in found),
+        )
 
     # -- Lightning's hooks ---------------------------------------------------------------------
 

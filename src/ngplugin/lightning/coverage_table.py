@@ -18,7 +18,7 @@ def show(coverage: Coverage, optimizer: int | None = None) -> None:
     title = f"natural gradient{whose}: what preconditions each parameter"
     hidden = len(coverage.rows) - _MOST_ROWS
     shown = Coverage(coverage.rows[:_MOST_ROWS])
-    caption = f"{coverage.totals()}\n{coverage.sources()}"
+    caption = f"{coverage.totals()}\n{coverage.sources()}\n{coverage.pace()}"
     if hidden > 0:
         caption = f"{hidden} more in NaturalGradient.coverage(). {caption}"
     try:

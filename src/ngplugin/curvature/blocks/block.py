@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.pace import Work
 from ngplugin.curvature.products import Products
 from ngplugin.curvature.taps import LookupCall, MapCall
 
@@ -27,9 +28,9 @@ class BlockDamping:
         sampling: γ, for `"relative"`: a factor of size d averaged from n rows gets γ d/n more.
         floor: for `"relative"`: what a block's mean eigenvalue counts as where it is smaller.
         products: in what the inverses are to be multiplied.
-        overhead: a factor the products with which take more than this share of the layer's own
+        share: a factor the products with which take more than this share of the layer's own
             forward and backward pass is kept by its leading eigenvectors.
-        rank: by how many, or as many as `overhead` has room for.
+        rank: by how many, or as many as `share` has room for.
     """
 
     value: float
@@ -37,7 +38,7 @@ class BlockDamping:
     sampling: float = 0.0
     floor: float = 0.0
     products: Products = "full"
-    overhead: float = math.inf
+    share: float = math.inf
     rank: int = 64
 
 
@@ -154,6 +155,10 @@ class Block(ABC):
     @abstractmethod
     def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Smallest and largest eigenvalue of F/Σw, then of the damped matrix; scalars."""
+
+    def work(self, damping: BlockDamping) -> Work:
+        """What statistics like the last one, and such an inversion, take; nothing for diagonals."""
+        return Work()
 
     @abstractmethod
     def numel(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import BlockDamping, finite
 from ngplugin.curvature.blocks.kronecker import KroneckerBlock
 from ngplugin.curvature.blocks.symmetric import is_diagonal
+from ngplugin.curvature.pace import Work
 from ngplugin.curvature.ranks import mean_over_ranks_
 
 _MOST_AT_ONCE = 2**24  # numbers of the per-example gradients that are formed together
@@ -77,6 +79,17 @@ class EigenBlock(KroneckerBlock):
         else:
             M = g[:, :, None] * a[:, None, :]
         return {"U_A": U_A, "U_G": U_G, "M": M, **self._settings(damping)}
+
+    def work(self, damping: BlockDamping) -> Work:
+        """Also of the rows along the eigenvectors, and of their squares' product."""
+        work, taken = super().work(damping), self._taken
+        inputs, outputs = self._layout.inputs, self._layout.outputs
+        rotated = taken * (inputs**2 + outputs**2 + inputs * outputs)
+        return replace(work, statistics=work.statistics + self.groups * rotated)
+
+    def _inversion_work(self, size: int, how: BlockDamping) -> float:
+        """Of `eigh`; see docs/cost.md."""
+        return 6 * size**3
 
     def take(self, inverted: dict[str, Tensor] | None) -> bool:
         """Go on averaging M in the new basis."""

@@ -79,6 +79,10 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
         trace = (mean_eigenvalue(A) * A.shape[-1]).clamp_min(torch.finfo(self._dtype).tiny)
         return A / trace.reshape(-1, *[1] * (A.dim() - 1)), G
 
+    def _moment_rows(self) -> tuple[float, float]:
+        """A gradient's rows, and its columns."""
+        return self._layout.outputs, self._layout.inputs
+
     def _sample_sizes(self, A: Tensor, G: Tensor) -> tuple[float | Tensor, float | Tensor]:
         """One draw is as many rows for G as A has equal eigenvalues, and the other way round.
 

@@ -97,6 +97,14 @@ class HalfDiagonalBlock(KroneckerProductBlock, MapBlock):
         S = total(v.sum() * M / rows for _, v, M, rows in self._averaged_uses())
         return S, D / D.sum().clamp_min(torch.finfo(self._dtype).tiny)
 
+    def _passing(self) -> float:
+        """A lookup multiplies nothing."""
+        return super()._passing() if f"{_MULTIPLIED} v" in self._averages else 0.0
+
+    def _moment_rows(self) -> tuple[float, float]:
+        """Those of S; D takes no product."""
+        return self.rows, 0.0
+
     def _rare(self) -> Tensor:
         """What one looked-up row counts in D, `[1, 1, 1]`."""
         like, tiny = next(iter(self._averages.values())).sum, torch.finfo(self._dtype).tiny

@@ -85,6 +85,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         self.weight_sharing = weight_sharing
         self.dims = dims
         self._step_rows = 0.0  # of the calls since the last statistic
+        self._step_taken = self._taken = 0.0  # of them, and in the last statistic, in the factors
 
     def note(self) -> str:
         """Which factors are not whole, for their size."""
@@ -149,6 +150,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
             g, counted = g.sum(2), counted.amax(2)
         else:
             a, g, counted = (t.flatten(1, 2) for t in (a, g, counted))  # [group, row, d]
+        self._step_taken += counted.shape[:2].numel() / self.groups
         inputs = second_moment(a, self._layout.inputs > self.max_factor)
         d = self._layout.inputs  # without padding
         inputs = inputs[:, :d] if is_diagonal(inputs) else inputs[:, :d, :d]
@@ -165,12 +167,17 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
         """Σ aaᵀ, Σ ggᵀ / Σw, and the number of rows, `[group, 1, 1]`."""
         self.rows, self._step_rows = max(1.0, self._step_rows), 0.0
+        self._taken, self._step_taken = self._step_taken, 0.0
         return {"inputs": added["inputs"], "G": added["G"] / total_weight, "rows": added["rows"]}
 
     def discard(self) -> None:
         """Forget what was added and not folded."""
         super().discard()
-        self._step_rows = 0.0
+        self._step_rows = self._step_taken = 0.0
+
+    def _moment_rows(self) -> tuple[float, float]:
+        """The same for both."""
+        return self._taken, self._taken
 
     def averaged_factors(self) -> tuple[Tensor, Tensor]:
         """A by the rows of all steps, and G."""

@@ -15,10 +15,12 @@ from ngplugin.curvature.blocks.factor import Factor, damped_factor
 from ngplugin.curvature.blocks.low_rank_factor import low_rank_factor, read_factor
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
 from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
+from ngplugin.curvature.pace import Work
 
 _USUAL_ROWS = 1024  # where they are not seen
 _SMALL_SIZE = 128  # of a factor with which any product is soon done
 _LOWEST_RANK = 32  # whatever it takes
+_AVERAGED = 32  # rows of a second moment that take as long as averaging it; see docs/cost.md
 
 
 class KroneckerProductBlock(AveragedBlock):
@@ -75,14 +77,20 @@ class KroneckerProductBlock(AveragedBlock):
         return {**damped_A.padded(self._layout.columns).named("A"), **damped_G.named("G")}
 
     def _inverted(self, name: str, X: Tensor, damping: Tensor, how: BlockDamping) -> Factor | None:
-        # Of d multiplications an element of the layer's matrix for a product with X, 2 r for one
-        # by r eigenvectors, and 3 rows for the pass forward and backward.
-        size, room = X.shape[-1], 3 * how.overhead * self.rows
-        rank = max(_LOWEST_RANK, int(min(how.rank, room / 2)))
-        if is_diagonal(X) or size <= max(room, 2 * rank, _SMALL_SIZE):
+        size = X.shape[-1]
+        rank = self._kept_rank(size, how)
+        if is_diagonal(X) or rank is None:
             return damped_factor(X, damping, how.products)
         start = self._refreshed.get(f"{name}_basis")
         return low_rank_factor(X, damping, rank, None if start is None else start[:, :size])
+
+    def _kept_rank(self, size: int, how: BlockDamping) -> int | None:
+        """By how many eigenvectors a factor is kept; None if it is whole."""
+        # Of d multiplications an element of the layer's matrix for a product with X, 2 r for one
+        # by r eigenvectors, and 3 rows for the pass forward and backward.
+        room = 3 * how.share * self.rows
+        rank = max(_LOWEST_RANK, int(min(how.rank, room / 2)))
+        return None if size <= max(room, 2 * rank, _SMALL_SIZE) else rank
 
     def _dampings(self, A: Tensor, G: Tensor, damping: BlockDamping) -> tuple[Tensor, Tensor]:
         """What is added to the diagonals of A and G, `[group, 1, 1]` each.
@@ -153,6 +161,37 @@ class KroneckerProductBlock(AveragedBlock):
         V = self._layout.matrix(vectors, self._dtype, padded=True)
         GVA = self._growth * A.times_right(G.times(V))
         return self._layout.parts(GVA, vectors)
+
+    def work(self, damping: BlockDamping) -> Work:
+        """Of the passes of a matrix, of scores on their way back, and of both factors."""
+        passing = self._passing()
+        sizes = [
+            (size, rows)
+            for size, rows, X in zip(
+                (self._layout.inputs, self._layout.outputs),
+                self._moment_rows(),
+                self.averaged_factors(),
+                strict=True,
+            )
+            if not is_diagonal(X)
+        ]
+        moments = sum(size**2 * (rows + _AVERAGED) for size, rows in sizes)
+        inversions = sum(self._inversion_work(size, damping) for size, _ in sizes)
+        groups = self._layout.groups
+        return Work(passing, passing / 3 + groups * moments, groups * inversions, maps=1)
+
+    def _passing(self) -> float:
+        """Multiplications of the map's own forward and backward pass."""
+        return 3 * self.rows * sum(p.numel() for p in self.parameters)
+
+    @abstractmethod
+    def _moment_rows(self) -> tuple[float, float]:
+        """Rows of the last statistic of A, and of G."""
+
+    def _inversion_work(self, size: int, how: BlockDamping) -> float:
+        """Of one factor: d³ for Cholesky and the inverse from it (docs/cost.md), or a sweep."""
+        rank = self._kept_rank(size, how)
+        return size**3 if rank is None else 2 * size**2 * rank + 4 * size * rank**2
 
     def state_dict(self) -> dict[str, Any]:
         """Also the rows of a step."""
