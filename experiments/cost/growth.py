@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -71,8 +72,8 @@ class Case:
 CASES = (
     *(Case("width", w, 3, b, counted=60) for w in (256, 512) for b in (128, 512)),
     *(Case("width", w, 3, b) for w in (1024, 2048) for b in (128, 512)),
-    # One period of statistics, with the refresh of step 8, which counts for a quarter.
-    *(Case("width", 4096, 3, b, first=5, counted=5) for b in (128, 512)),
+    # With statistics once or twice, and the refresh of step 8, which counts for a half.
+    *(Case("width", 4096, 3, b, first=5, counted=10) for b in (128, 512)),
     *(Case("depth", 256, d, 128, counted=60) for d in (2, 4, 8)),
     *(Case("depth", 256, d, 128) for d in (16, 32)),
     *(Case("transformer", w, 2, 32) for w in (64, 128, 256, 512)),
@@ -91,7 +92,8 @@ class Run:
     Attributes:
         case: what was trained.
         parameters: how many numbers.
-        refresh_every: steps, as the optimizer has it.
+        statistics_every: steps, as the optimizer has settled it.
+        refresh_every: the same of inversions.
         spectrum_every: the same of condition numbers.
         natural: of natural-gradient steps.
         sgd: of steps of SGD with momentum, which took turns with them.
@@ -101,6 +103,7 @@ class Run:
 
     case: Case
     parameters: int
+    statistics_every: int
     refresh_every: int
     spectrum_every: int
     natural: list[float] = field(default_factory=list)
@@ -117,10 +120,11 @@ class Run:
         """Seconds a step, on average; of what is rare, over all the steps that it is for."""
         if name == "condition numbers":
             return self.spectrum / self.spectrum_every
-        steps = len(self.natural)
-        return sum(self.pieces[name]) / (
-            max(steps, self.refresh_every) if name == "refresh" else steps
-        )
+        found = self.pieces[name]
+        if name == "statistics":
+            seen = [seconds for seconds in found if seconds > 0]
+            return statistics.mean(seen) / self.statistics_every if seen else 0.0
+        return sum(found) / max(len(found), self.refresh_every if name == "refresh" else 0)
 
     @property
     def rest(self) -> float:
@@ -144,6 +148,11 @@ class Run:
         return self.step / self.sgd_step
 
     @property
+    def floor(self) -> float:
+        """SGD's step and one product with the inverses, over SGD's: what no step is below."""
+        return 1 + statistics.median(self.pieces["preconditioning"]) / self.sgd_step
+
+    @property
     def median_ratio(self) -> float:
         """Of the medians, which leave out what is rare."""
         return statistics.median(self.natural) / statistics.median(self.sgd)
@@ -164,7 +173,7 @@ def run(case: Case) -> Run:
     sgd = torch.optim.SGD(plain.parameters(), 0.01, momentum=0.9)
     options = optimizer.options
     parameters = sum(p.numel() for p in natural.parameters())
-    found = Run(case, parameters, options.refresh_every, options.spectrum_every)
+    found = Run(case, parameters, 1, 1, options.spectrum_every)
     with Stopwatch().running() as stopwatch:
         for step in range(case.first + case.counted):
             x, y = case.examples(generator)
@@ -189,6 +198,7 @@ def run(case: Case) -> Run:
                 found.sgd.append(sgd_seconds)
                 for name, value in pieces.items():
                     found.pieces.setdefault(name, []).append(value)
+    found.statistics_every, found.refresh_every = dataclasses.astuple(optimizer.pace)
     return found
 
 

@@ -227,15 +227,17 @@ class Study:
         table = Table(
             "A step",
             ("network", "width", "hidden layers", "batch", "parameters", "steps counted",
-             "SGD, ms", "natural gradient, ms", "ratio", "ratio of medians"),
+             "statistics, inverses every", "SGD, ms", "natural gradient, ms", "ratio",
+             "ratio of medians", "floor"),
         )  # fmt: skip
         for run in self.runs:
             case = run.case
             table.add(
                 "transformer" if case.kind == "transformer" else "perceptron",
                 f"{case.width:,}", str(case.depth), str(case.batch), _count(run.parameters),
-                str(len(run.natural)), _ms(run.sgd_step), _ms(run.step),
-                f"{run.ratio:.2f}", f"{run.median_ratio:.2f}",
+                str(len(run.natural)), f"{run.statistics_every}, {run.refresh_every}",
+                _ms(run.sgd_step), _ms(run.step),
+                f"{run.ratio:.2f}", f"{run.median_ratio:.2f}", f"{run.floor:.2f}",
             )  # fmt: skip
         return table
 
