@@ -18,7 +18,7 @@ PIECES: dict[str, tuple[tuple[type, str], ...]] = {
     "refresh": ((Fisher, "refresh"),),
     "preconditioning": ((Fisher, "precondition"),),
     "KL": ((KlMeasurement, "measure"),),
-    "condition numbers": ((Fisher, "condition"),),
+    "condition numbers": ((Fisher, "spectra"),),
 }
 
 

@@ -182,7 +182,7 @@ def step_parts(
     spectra: list[float] = []
     periods: dict[int, float] = {}
     curved_step = -CURVED_EVERY
-    with _timed("refresh") as refreshed, _timed("condition") as conditioned:
+    with _timed("refresh") as refreshed, _timed("spectra") as conditioned:
         for step in range(steps):
             optimizer.zero_grad()
             started = time.process_time()

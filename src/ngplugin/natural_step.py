@@ -277,7 +277,9 @@ class NaturalGradientStep:
         self._refreshed_damping = rule.value
         failed += self.fisher.refresh_every_step(self._exact_rule())
         if self._condition_due():
-            self._condition, self._condition_step = self.fisher.condition(), self.steps
+            self._spectra = self.fisher.spectra()
+            self._condition = self.fisher.condition(self._spectra)
+            self._condition_step = self.steps
         return dropped, failed
 
     def _count(self, rule: BlockDamping) -> None:

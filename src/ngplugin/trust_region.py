@@ -91,10 +91,10 @@ class Measurements:
     """When the KL of a step is measured: on the first ones, then as often as it surprises.
 
     While measurements agree with what was expected, the number of steps between them doubles up to
-    `every`; after a surprise the next step is measured too. A measurement is one forward pass more,
-    a third to a half of a plain step, so `every=6` costs 6 to 8 % of one. With the first steps, the
-    surprises and the steps that are tried again it was 4 to 12 % of the training time of the tasks
-    in `experiments/` with 5, and up to 9 % with 8, which recovers more slowly from a bad start.
+    `every`; after a surprise the next step is measured too. A measured step has one forward pass
+    more, a third to a half of a plain step, two evaluations of the loss, and F d. Of the tasks in
+    `experiments/` a quarter to a third of the steps are measured, for 0.6 to 1.2 of SGD's step
+    each. With `every=8` it was a little less, and took longer to recover from a bad start.
 
     Args:
         every: the most steps between two; None for no measurement at all.

@@ -14,6 +14,7 @@ from ngplugin.curvature.blocks import (
     UnitBlock,
 )
 from ngplugin.curvature.blocks.block import rounding
+from ngplugin.curvature.spectrum import counted
 from ngplugin.curvature.taps import read_map_call
 from tests.oracle import dense_average, dense_damped, flat, randn
 
@@ -175,13 +176,25 @@ def test_the_product_is_with_the_undamped_matrix(name):
 def test_extreme_eigenvalues_are_those_of_the_dense_matrices(name, damping):
     block = BLOCKS[name]()
     block.refresh(damping)
-    low, high, damped_low, damped_high = block.extreme_eigenvalues()
+    low, high, damped_low, damped_high = block.spectrum().extremes
     plain = torch.linalg.eigvalsh(dense_average(block))
     dense = dense_damped(block, damping.value, damping.mode, damping.sampling)
     damped = torch.linalg.eigvalsh(dense)
     for ours, exact in ((high, plain[-1]), (damped_low, damped[0]), (damped_high, damped[-1])):
         torch.testing.assert_close(ours, exact, rtol=1e-8, atol=1e-12)
     assert float((low - plain[0]).abs()) < 1e-10 * float(high)
+
+
+@every_block
+def test_eigenvalues_are_counted_as_those_of_the_dense_matrix(name):
+    block = BLOCKS[name]()
+    block.refresh(BlockDamping(0.1))
+    exact = torch.linalg.eigvalsh(dense_average(block)).clamp_min(0)
+    ours, theirs = block.spectrum().counts.cumsum(0), counted(exact[None])[0].cumsum(0)
+    assert ours[-1] == theirs[-1] == len(exact)
+    # Where it is a product, what is counted may be a bin off.
+    assert (theirs[:-1] <= ours[1:] + 1e-6).all()
+    assert (ours[:-1] <= theirs[1:] + 1e-6).all()
 
 
 @every_block

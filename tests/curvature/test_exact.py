@@ -107,11 +107,14 @@ def test_both_sides_are_the_dense_solve(n):
         torch.testing.assert_close(flat(d), expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(flat(product), matrix @ expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(flat(block.product(unflat(g, parameters))), matrix @ g)
-    low, high, damped_low, damped_high = block.extreme_eigenvalues()
+    low, high, damped_low, damped_high = block.spectrum().extremes
     eigenvalues = torch.linalg.eigvalsh(matrix)
     torch.testing.assert_close(high, eigenvalues[-1])
     torch.testing.assert_close(low, eigenvalues[0].clamp_min(0), rtol=1e-6, atol=1e-12)
     torch.testing.assert_close(damped_high - high, damped_low - low)
+    counts = block.spectrum().counts
+    assert counts.sum() == 14
+    assert counts[0] == 14 - torch.linalg.matrix_rank(matrix)
 
 
 def test_tiny_damping_keeps_its_digits_on_the_kernel_side():

@@ -28,6 +28,7 @@ from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.curvature.ranks import largest_over_ranks, several_ranks
+from ngplugin.curvature.spectrum import BINS
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
@@ -61,6 +62,27 @@ class Condition:
 
     undamped: float
     damped: float
+
+
+@dataclass(frozen=True)
+class BlockSpectrum:
+    """`Spectrum` of one block, on the host.
+
+    Attributes:
+        ids: of its parameters.
+        counts: of eigenvalues that are zero, and in each bin.
+        low: the smallest eigenvalue.
+        high: the largest.
+        damped_low: the smallest of the damped matrix.
+        damped_high: the largest.
+    """
+
+    ids: tuple[int, ...]
+    counts: tuple[float, ...]
+    low: float
+    high: float
+    damped_low: float
+    damped_high: float
 
 
 @dataclass(frozen=True)
@@ -384,34 +406,46 @@ class Fisher:
 
     # -- looking at it -------------------------------------------------------------------------
 
-    def condition(self) -> Condition | None:
-        """Condition numbers as of the last refresh; None before it.
+    def spectra(self) -> list[BlockSpectrum]:
+        """The eigenvalues of every block, as of its last inversion.
 
-        Computes the eigenvalues of every factor, of several processes each of some. Eigenvalues
-        that rounding cannot tell from zero count as the smallest that it can, so a singular matrix
-        shows as about 1/ε of its precision.
+        Computes those of every factor, of several processes each of some.
         """
         ready = [block for block in self.blocks if block.inverted]
         if not ready:
-            return None
+            return []
         mine: Sequence[Block] = ready
         if several_ranks():
             mine = sharing.own([block for block in ready if isinstance(block, AveragedBlock)])
         like = ready[0].parameters[0]
-        # Of no block, as a process may have: a range that any other block's is wider than.
-        none = torch.tensor(
-            [math.inf, -math.inf, math.inf, -math.inf],
-            dtype=curvature_dtype(like),
-            device=like.device,
+        rows = torch.full(
+            (len(ready), 5 + BINS), -math.inf, dtype=curvature_dtype(like), device=like.device
+        )  # what another process has found is more
+        for row, block in zip(rows, ready, strict=True):
+            if block in mine:
+                found = block.spectrum()
+                row.copy_(torch.cat([found.extremes, found.counts]))
+        return [
+            BlockSpectrum(tuple(map(id, block.parameters)), tuple(row[4:]), *row[:4])
+            for block, row in zip(ready, largest_over_ranks(rows).double().tolist(), strict=True)
+        ]
+
+    def condition(self, spectra: Sequence[BlockSpectrum]) -> Condition | None:
+        """Condition numbers of all blocks together; None where there are none.
+
+        Eigenvalues that rounding cannot tell from zero count as the smallest that it can, so a
+        singular matrix shows as about 1/ε of its precision.
+        """
+        if not spectra:
+            return None
+        extremes = torch.tensor(
+            [[-s.low, s.high, -s.damped_low, s.damped_high] for s in spectra], dtype=torch.float64
         )
-        found = [none, *(torch.stack(block.extreme_eigenvalues()).to(none) for block in mine)]
-        low, high, damped_low, damped_high = torch.stack(found).unbind(1)
-        # Each as one that has to be large.
-        extremes = torch.stack([-low.min(), high.max(), -damped_low.min(), damped_high.max()])
-        low, high, damped_low, damped_high = largest_over_ranks(extremes).double().tolist()
-        epsilon = torch.finfo(curvature_dtype(ready[0].parameters[0])).eps
-        undamped = high / max(-low, epsilon * high) if high > 0 else math.nan
-        return Condition(undamped, math.inf if damped_low >= 0 else damped_high / -damped_low)
+        low, high, damped_low, damped_high = extremes.amax(0).tolist()  # nan if any is
+        low, damped_low = -low, -damped_low
+        epsilon = torch.finfo(curvature_dtype(self.blocks[0].parameters[0])).eps
+        undamped = high / max(low, epsilon * high) if high > 0 else math.nan
+        return Condition(undamped, math.inf if damped_low <= 0 else damped_high / damped_low)
 
     def reason(self, parameter: Tensor) -> str:
         """Why the parameter has the block it has."""

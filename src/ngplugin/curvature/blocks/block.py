@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.products import Products
+from ngplugin.curvature.spectrum import Spectrum
 from ngplugin.curvature.taps import LookupCall, MapCall
 
 DampingMode = Literal["relative", "absolute"]
@@ -153,8 +154,8 @@ class Block(ABC):
         """F/Σw, undamped, times a vector, one tensor a parameter."""
 
     @abstractmethod
-    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Smallest and largest eigenvalue of F/Σw, then of the damped matrix; scalars."""
+    def spectrum(self) -> Spectrum:
+        """The eigenvalues of F/Σw, and the extremes of those of the damped matrix."""
 
     def work(self, damping: BlockDamping) -> Work:
         """What statistics like the last one, and such an inversion, take; nothing for diagonals."""

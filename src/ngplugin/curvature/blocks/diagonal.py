@@ -17,6 +17,7 @@ from ngplugin.curvature.blocks.block import (
     rounding,
 )
 from ngplugin.curvature.blocks.factor import DiagonalFactor
+from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 
 class DiagonalBlock(AveragedBlock, GradientBlock):
@@ -98,11 +99,12 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
         product = self._growth * self._factor().times(real.to(self._dtype).reshape(1, -1, 1))
         return [as_parameter(product.reshape(real.shape), v)]
 
-    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Smallest and largest element, without and with damping."""
+    def spectrum(self) -> Spectrum:
+        """The elements."""
         factor = self._factor()
-        (low, high), damping = factor.extremes(), factor.damping.reshape(())
-        return low[0], high[0], low[0] + damping, high[0] + damping
+        values, damping = factor.matrix[0], factor.damping.reshape(())
+        low, high = values.aminmax()
+        return spectrum(values, (low, high, low + damping, high + damping))
 
     def _factor(self) -> DiagonalFactor:
         assert self.inverted, "refresh() comes first"

@@ -14,6 +14,7 @@ from ngplugin.curvature.blocks.kronecker import KroneckerBlock
 from ngplugin.curvature.blocks.symmetric import is_diagonal
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.ranks import mean_over_ranks_
+from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 _MOST_AT_ONCE = 2**24  # numbers of the per-example gradients that are formed together
 
@@ -171,10 +172,10 @@ class EigenBlock(KroneckerBlock):
         U_A, U_G = (U if is_diagonal(U) else U.mT for U in self._bases())
         return self._layout.parts(along(U_A, along(U_G, V).mT).mT, like)
 
-    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def spectrum(self) -> Spectrum:
         """Of M and of M + D."""
         M, damped = self._refreshed["M"], self._refreshed["M"] + self._refreshed["damping"]
-        return M.min(), M.max(), damped.min(), damped.max()
+        return spectrum(M, (*M.aminmax(), *damped.aminmax()))
 
 
 def eigenvectors(X: Tensor) -> tuple[Tensor, Tensor] | None:

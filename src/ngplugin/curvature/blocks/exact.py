@@ -12,6 +12,7 @@ from torch import Tensor
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, finite
 from ngplugin.curvature.blocks.symmetric import eigenvalues
+from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 _TILE = 128  # rows of a product of which only the lower triangle is wanted
 _MOST_RETRIES = 12  # each with ten times the damping
@@ -229,14 +230,15 @@ class ExactBlock(Block):
 
     # -- looking at it, saving -------------------------------------------------------------------
 
-    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def spectrum(self) -> Spectrum:
         """Of K or F; where n < P, F has zeros too."""
         assert self._matrix is not None
         found = eigenvalues(self._matrix)
         low, high = found[0], found[-1]
         if self.kernel_side:
             low = torch.zeros_like(low)
-        return low, high, low + self._damping, high + self._damping
+        extremes = (low, high, low + self._damping, high + self._damping)
+        return spectrum(found, extremes, zeros=self._size - len(found))
 
     def numel(self) -> int:
         """Rows; matrix and factor; on the dense side the average."""

@@ -48,8 +48,8 @@ class Factor(ABC):
         """M (X + damping)⁻¹."""
 
     @abstractmethod
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        """Smallest and largest eigenvalue of X, `[group]`."""
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        """Those of X, `[group, n]`, and how often each counts, `[n]`."""
 
     @abstractmethod
     def padded(self, size: int) -> Factor:
@@ -93,10 +93,10 @@ class DenseFactor(Factor):
         """M (X + damping)⁻¹."""
         return multiply(M, self.inverse, self.computed)
 
-    def extremes(self) -> tuple[Tensor, Tensor]:
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
         """By a factorization."""
         found = eigenvalues(self.matrix[:, : self.size, : self.size])
-        return found[:, 0], found[:, -1]
+        return found, torch.ones_like(found[0])
 
     def padded(self, size: int) -> DenseFactor:
         """With zeros all around."""
@@ -135,10 +135,10 @@ class DiagonalFactor(Factor):
         """M (X + damping)⁻¹."""
         return self.solve(M.mT).mT
 
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        """The diagonal's."""
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        """The diagonal."""
         diagonal = self.matrix[:, : self.size]
-        return diagonal.amin(1), diagonal.amax(1)
+        return diagonal, torch.ones_like(diagonal[0])
 
     def padded(self, size: int) -> DiagonalFactor:
         """With zeros behind."""

@@ -16,6 +16,7 @@ from ngplugin.curvature.blocks.low_rank_factor import low_rank_factor, read_fact
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
 from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
 from ngplugin.curvature.pace import Work
+from ngplugin.curvature.spectrum import Spectrum, counted, counted_products
 
 _USUAL_ROWS = 1024  # where they are not seen
 _SMALL_SIZE = 128  # of a factor with which any product is soon done
@@ -202,14 +203,16 @@ class KroneckerProductBlock(AveragedBlock):
         super().load_state_dict(state)
         self.rows = float(state.get("rows", _USUAL_ROWS))
 
-    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Products of the factors' extreme eigenvalues, over all groups."""
+    def spectrum(self) -> Spectrum:
+        """Products of the factors' eigenvalues, of all groups."""
         A, G = self.factors
-        (a_low, a_high), (g_low, g_high) = A.extremes(), G.extremes()  # [group]
-        a, g = A.damping.reshape(-1), G.damping.reshape(-1)
-        return (
-            (a_low * g_low).min(),
-            (a_high * g_high).max(),
-            ((a_low + a) * (g_low + g)).min(),
-            ((a_high + a) * (g_high + g)).max(),
+        (a, a_times), (g, g_times) = A.eigenvalues(), G.eigenvalues()  # [group, n]
+        a_damped, g_damped = a + A.damping[:, 0], g + G.damping[:, 0]
+        extremes = (
+            (a.amin(1) * g.amin(1)).min(),
+            (a.amax(1) * g.amax(1)).max(),
+            (a_damped.amin(1) * g_damped.amin(1)).min(),
+            (a_damped.amax(1) * g_damped.amax(1)).max(),
         )
+        counts = counted_products(counted(a, a_times), counted(g, g_times))
+        return Spectrum(counts, torch.stack(extremes))

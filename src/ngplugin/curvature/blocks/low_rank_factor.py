@@ -31,11 +31,13 @@ class LowRankFactor(Factor):
         basis: Q.
         rest: τ, the mean of the other eigenvalues, `[group, 1, 1]`.
         taken_off: K.
+        size: d, without what was padded.
     """
 
     basis: Tensor
     rest: Tensor
     taken_off: Tensor
+    size: int
 
     def times(self, M: Tensor) -> Tensor:
         """X M."""
@@ -65,10 +67,12 @@ class LowRankFactor(Factor):
         """(T - τ) z, for z `[group, r, n]`."""
         return self.matrix @ within - self.rest * within
 
-    def extremes(self) -> tuple[Tensor, Tensor]:
-        """Of T and τ."""
-        found, rest = eigenvalues(self.matrix), self.rest[:, 0, 0]
-        return torch.minimum(found[:, 0], rest), torch.maximum(found[:, -1], rest)
+    def eigenvalues(self) -> tuple[Tensor, Tensor]:
+        """Of T, and τ as often as there are others."""
+        found = torch.cat([eigenvalues(self.matrix), self.rest[:, 0]], 1)
+        times = torch.ones_like(found[0])
+        times[-1] = self.size - self.matrix.shape[-1]
+        return found, times
 
     def named(self, name: str) -> dict[str, Tensor]:
         """Also the others."""
@@ -117,15 +121,15 @@ def low_rank_factor(
     K.diagonal(dim1=-2, dim2=-1).add_(1)
     if not finite(Q, K, 1 / (rest + damping)):
         return None
-    return LowRankFactor(T, damping, Q, rest, K)
+    return LowRankFactor(T, damping, Q, rest, K, size)
 
 
 def read_factor(tensors: Mapping[str, Tensor], name: str, size: int) -> Factor:
     """The factor of this size that was named so; see `Factor.named`."""
     matrix, damping = tensors[name], tensors[f"{name}_damping"]
     if f"{name}_basis" in tensors:
-        parts = (tensors[f"{name}_{part}"] for part in ("basis", "rest", "taken_off"))
-        return LowRankFactor(matrix, damping, *parts)
+        basis, rest, off = (tensors[f"{name}_{part}"] for part in ("basis", "rest", "taken_off"))
+        return LowRankFactor(matrix, damping, basis, rest, off, size)
     if is_diagonal(matrix):
         return DiagonalFactor(matrix, damping, size)
     return DenseFactor(matrix, damping, tensors[f"{name}_inverse"], size)

@@ -12,6 +12,7 @@ from ngplugin.curvature.blocks.block import BlockDamping, GradientBlock
 from ngplugin.curvature.blocks.factor import Factor, damped_factor
 from ngplugin.curvature.blocks.low_rank_factor import read_factor
 from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
+from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 
 class UnitBlock(AveragedBlock, GradientBlock):
@@ -79,11 +80,12 @@ class UnitBlock(AveragedBlock, GradientBlock):
         product = self._growth * self._factor().times(self._columns(vectors))
         return self._as_parameters(product, vectors)
 
-    def extreme_eigenvalues(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Over all features' matrices."""
+    def spectrum(self) -> Spectrum:
+        """Of all features' matrices."""
         factor = self._factor()
-        (low, high), damping = factor.extremes(), factor.damping.reshape(-1)  # [feature]
-        return low.min(), high.max(), (low + damping).min(), (high + damping).max()
+        values, _ = factor.eigenvalues()  # [feature, 2]
+        damped = values + factor.damping[:, 0]
+        return spectrum(values, (*values.aminmax(), *damped.aminmax()))
 
     def _factor(self) -> Factor:
         assert self.inverted, "refresh() comes first"
