@@ -71,9 +71,7 @@ class Case:
 
 CASES = (
     *(Case("width", w, 3, b, counted=60) for w in (256, 512) for b in (128, 512)),
-    *(Case("width", w, 3, b) for w in (1024, 2048) for b in (128, 512)),
-    # With statistics once or twice, and the refresh of step 8, which counts for a half.
-    *(Case("width", 4096, 3, b, first=5, counted=10) for b in (128, 512)),
+    *(Case("width", w, 3, b) for w in (1024, 2048, 4096) for b in (128, 512)),
     *(Case("depth", 256, d, 128, counted=60) for d in (2, 4, 8)),
     *(Case("depth", 256, d, 128) for d in (16, 32)),
     *(Case("transformer", w, 2, 32) for w in (64, 128, 256, 512)),

@@ -176,12 +176,12 @@ class NaturalGradient(Callback):
         self._scaler: Any = None  # of the loss, under 16-bit precision
         self._listeners: list[Callable[[StepReport], None]] = []  # ours, one an optimizer
         self._reports: list[tuple[int, StepReport]] = []  # of the present batch
-        self._summaries: list[tracking.Summary] = [tracking.Summary()]
+        self._summaries: list[Summary] = [Summary()]
 
     # -- looking at it -------------------------------------------------------------------------
 
     def summary(self, optimizer: int = 0) -> dict[str, float | None]:
-        """The last fit in a few numbers: see `ngplugin.tracking.Summary.numbers`.
+        """The last fit in a few numbers: see `ngplugin.summary.Summary.numbers`.
 
         Args:
             optimizer: which, among those that natural gradient was put into.
@@ -231,7 +231,7 @@ class NaturalGradient(Callback):
         self._chosen_places = chosen
         self._rewritten = type(trainer.strategy).__name__ == "ModelParallelStrategy"
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._summaries = [tracking.Summary() for _ in chosen]
+        self._summaries = [Summary() for _ in chosen]
         for i, optimizer in enumerate(self._ng_optimizers):
             tracking.declare(trainer.loggers, i)
             self._listeners.append(self._listener(i))
