@@ -70,7 +70,7 @@ FLOORS = [
     {"step_watch"},
     {"coverage", "natural_step"},
     {"optimizer"},
-    {"tracking"},
+    {"tracking", "summary", "diagnosis"},
     {"lightning"},
     {"callbacks_factory"},
 ]

@@ -47,21 +47,6 @@ def test_what_was_not_measured_or_is_infinite_is_left_out() -> None:
     assert names["natgrad/kl_predicted"] == 0.5
 
 
-def test_the_summary_adds_up() -> None:
-    summary = tracking.Summary()
-    assert summary.numbers()["kl_mean"] is None
-    summary.add(report(kl=0.1, step_scale=1.0, overhead=1.0, seconds=1.0))
-    summary.add(report(kl=None, step_scale=0.5, overhead=0.0, seconds=3.0))
-    summary.add(report(kl=0.3, step_scale=1.0, overhead=0.0, seconds=0.0, skipped=1))
-    numbers = summary.numbers()
-    assert numbers["steps"] == 3
-    assert numbers["kl_mean"] == pytest.approx(0.2)
-    assert numbers["kl_max"] == 0.3
-    assert numbers["bound_active"] == pytest.approx(1 / 3)
-    assert numbers["overhead"] == pytest.approx(0.25)
-    assert numbers["skipped"] == 2.0
-
-
 def test_wandb_offline_gets_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")

@@ -12,13 +12,15 @@ from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.curvature.products import Products
 from ngplugin.damping import Damping
+from ngplugin.diagnosis import Finding, diagnose
 from ngplugin.errors import OptionError
 from ngplugin.layer_balance import LayerBalance
-from ngplugin.lightning import coverage_table, trainer_settings
+from ngplugin.lightning import terminal, trainer_settings
 from ngplugin.lightning.namespace import Callback
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
 from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
 from ngplugin.report import Coverage, StepReport
+from ngplugin.summary import Summary
 
 
 class NaturalGradient(Callback):
@@ -49,6 +51,7 @@ class NaturalGradient(Callback):
             natural gradient.
         enabled: False leaves the training as it would be without this callback, bit for bit.
         show_coverage: print the table of parameters and blocks.
+        show_summary: print at the end what the fit's numbers say, and what to change.
         optimizers: which of the module's optimizers are to be natural, where there are several, by
             their places in what `configure_optimizers()` returned; None for all.
         momentum: of the running sum of gradients, in [0, 1).
@@ -108,6 +111,7 @@ class NaturalGradient(Callback):
         *,
         enabled: bool = True,
         show_coverage: bool = True,
+        show_summary: bool = True,
         optimizers: list[int] | None = None,
         momentum: float = 0.9,
         nesterov: bool = True,
@@ -139,6 +143,7 @@ class NaturalGradient(Callback):
         check_number("lr", lr, low=0, open_low=True)
         self.enabled = enabled
         self.show_coverage = show_coverage
+        self.show_summary = show_summary
         self.lr = lr
         self.options = Options(
             momentum=momentum,
@@ -187,6 +192,14 @@ class NaturalGradient(Callback):
             optimizer: which, among those that natural gradient was put into.
         """
         return self._summaries[optimizer].numbers()
+
+    def diagnosis(self, optimizer: int = 0) -> list[Finding]:
+        """What the numbers of the last fit say, and what to change: see `ngplugin.diagnosis`.
+
+        Args:
+            optimizer: which, among those that natural gradient was put into.
+        """
+        return diagnose(self._summaries[optimizer].numbers())
 
     def coverage(self, optimizer: int | None = None) -> Coverage:
         """Which block every parameter has; complete after the first step.
@@ -272,8 +285,7 @@ class NaturalGradient(Callback):
                 pl_module.log(name, kls[-1], prog_bar=True, logger=False, on_step=True)
             first = any(of == i and report.step == 0 for of, report in reports)
             if first and self.show_coverage and trainer.is_global_zero:
-                several = len(self._ng_optimizers) > 1
-                coverage_table.show(self.coverage(i), self._chosen_places[i] if several else None)
+                terminal.show_coverage(self.coverage(i), self._place(i))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Say it if steps are made behind our back.
@@ -293,6 +305,16 @@ class NaturalGradient(Callback):
                 "is not to be natural, name the others: NaturalGradient(optimizers=[...]).",
                 stacklevel=2,
             )
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say what the numbers say."""
+        if self.show_summary and trainer.is_global_zero:
+            for i, summary in enumerate(self._summaries[: len(self._ng_optimizers)]):
+                terminal.show_summary(summary.numbers(), self.diagnosis(i), self._place(i))
+
+    def _place(self, i: int) -> int | None:
+        """Of one of several optimizers, in what the module returned."""
+        return self._chosen_places[i] if len(self._ng_optimizers) > 1 else None
 
     # -- saving --------------------------------------------------------------------------------
 
