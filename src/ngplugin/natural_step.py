@@ -20,6 +20,7 @@ from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.pace import Pace, Work
 from ngplugin.curvature.parameter_vector import dot, total
+from ngplugin.curvature.spectrum import BlockSpectrum
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.direction import Direction
 from ngplugin.errors import OptionError, StepOrderError
@@ -59,6 +60,7 @@ class NaturalGradientStep:
         pace: how often F is seen and inverted.
         listeners: are given the report of each step.
         watch: what is observed of the step that is being made up.
+        names: of parameters, by id, as far as they are known.
     """
 
     def __init__(self, options: Options) -> None:
@@ -70,6 +72,7 @@ class NaturalGradientStep:
         self.steps = 0
         self.report: StepReport | None = None
         self.losses: list[str] = []
+        self.names: dict[int, str] = {}
         self.listeners: list[Callable[[StepReport], None]] = []
         self.pace = Pace(options.statistics_every, options.refresh_every)
         self._work: Work | None = None  # of curvature, counted at the first statistics
@@ -98,6 +101,7 @@ class NaturalGradientStep:
         self._refreshed_damping = math.nan  # λ of the blocks as they are
         self._condition: Condition | None = None
         self._condition_step = -1
+        self._spectra: list[BlockSpectrum] = []  # of this step
         self._statistics_step = -1  # the last that gave statistics
         self.watch = StepWatch(options, self.fisher, self._needs)
         self._last_time = time.perf_counter()
@@ -200,7 +204,9 @@ class NaturalGradientStep:
             rejected=int(applied.rejected),
             failed_factorizations=failed,
             dropped_statistics=dropped,
+            spectra=tuple(self._spectra),
         )
+        self._spectra = []
         self.steps += 1
         self._last_time = now
         for listener in self.listeners:
@@ -277,7 +283,7 @@ class NaturalGradientStep:
         self._refreshed_damping = rule.value
         failed += self.fisher.refresh_every_step(self._exact_rule())
         if self._condition_due():
-            self._spectra = self.fisher.spectra()
+            self._spectra = self.fisher.spectra(self.names)
             self._condition = self.fisher.condition(self._spectra)
             self._condition_step = self.steps
         return dropped, failed

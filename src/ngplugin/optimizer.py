@@ -236,7 +236,6 @@ class NaturalGradientOptimizer(Optimizer):
     def _prepare(self, options: Options) -> None:
         self._engine = NaturalGradientStep(options)
         self._peak_lr: list[float] = []  # the largest seen, a group each
-        self.parameter_names: dict[int, str] = {}  # by id; for messages and saved states
 
     @property
     def options(self) -> Options:
@@ -247,6 +246,11 @@ class NaturalGradientOptimizer(Optimizer):
     def pace(self) -> Pace:
         """Steps between statistics, and between inversions of a block; settled at the first."""
         return self._engine.pace
+
+    @property
+    def parameter_names(self) -> dict[int, str]:
+        """By id; for messages, saved states and spectra; add yours."""
+        return self._engine.names
 
     @property
     def listeners(self) -> list[Callable[[StepReport], None]]:

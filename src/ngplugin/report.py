@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ngplugin.curvature.spectrum import BlockSpectrum
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -34,6 +36,7 @@ class StepReport:
         rejected: 1 if the measured KL stayed too large after every shrink, and nothing was moved.
         failed_factorizations: in this step; the old inverses were kept.
         dropped_statistics: in this step, not finite.
+        spectra: of every block, on steps on which they were computed.
     """
 
     step: int
@@ -55,6 +58,7 @@ class StepReport:
     rejected: int = 0
     failed_factorizations: int = 0
     dropped_statistics: int = 0
+    spectra: tuple[BlockSpectrum, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from ngplugin.report import StepReport
 
 PREFIX = "natgrad/"
 
-# Not metrics: the step is the loggers' own axis, and its time the business of profilers.
-_LEFT_OUT = {"step", "seconds"}
+# Not metrics: the step is the loggers' own axis, its time the business of profilers, and spectra
+# are no numbers.
+_LEFT_OUT = {"step", "seconds", "spectra"}
 
 
 class MetricsLogger(Protocol):
@@ -33,10 +34,10 @@ def metrics(report: StepReport, optimizer: int = 0) -> dict[str, float]:
     What was not measured at this step, and what is not finite (a radius without a bound), is left
     out, since loggers draw both wrongly.
     """
-    values = dataclasses.asdict(report)
+    values = ((field.name, getattr(report, field.name)) for field in dataclasses.fields(report))
     return {
         prefix(optimizer) + name: float(value)
-        for name, value in values.items()
+        for name, value in values
         if name not in _LEFT_OUT and value is not None and math.isfinite(value)
     }
 

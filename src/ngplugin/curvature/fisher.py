@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.parameter_vector import dot, total
 from ngplugin.curvature.ranks import largest_over_ranks, several_ranks
-from ngplugin.curvature.spectrum import BINS
+from ngplugin.curvature.spectrum import BINS, BlockSpectrum
 from ngplugin.curvature.taps import LookupCall, MapCall, NormCall
 
 _Parts = dict[int, Tensor]  # a vector over all parameters, by the id of each
@@ -62,27 +62,6 @@ class Condition:
 
     undamped: float
     damped: float
-
-
-@dataclass(frozen=True)
-class BlockSpectrum:
-    """`Spectrum` of one block, on the host.
-
-    Attributes:
-        ids: of its parameters.
-        counts: of eigenvalues that are zero, and in each bin.
-        low: the smallest eigenvalue.
-        high: the largest.
-        damped_low: the smallest of the damped matrix.
-        damped_high: the largest.
-    """
-
-    ids: tuple[int, ...]
-    counts: tuple[float, ...]
-    low: float
-    high: float
-    damped_low: float
-    damped_high: float
 
 
 @dataclass(frozen=True)
@@ -406,12 +385,18 @@ class Fisher:
 
     # -- looking at it -------------------------------------------------------------------------
 
-    def spectra(self) -> list[BlockSpectrum]:
+    def spectra(self, names: Mapping[int, str] | None = None) -> list[BlockSpectrum]:
         """The eigenvalues of every block, as of its last inversion.
 
         Computes those of every factor, of several processes each of some.
+
+        Args:
+            names: of parameters, by id; a block is called after its first, or by its place.
         """
+        place = {id(p): i for i, p in enumerate(self.parameters)}
+        last = len(place)  # of those that were there once
         ready = [block for block in self.blocks if block.inverted]
+        ready.sort(key=lambda block: place.get(id(block.parameters[0]), last))
         if not ready:
             return []
         mine: Sequence[Block] = ready
@@ -425,9 +410,11 @@ class Fisher:
             if block in mine:
                 found = block.spectrum()
                 row.copy_(torch.cat([found.extremes, found.counts]))
+        firsts = [id(block.parameters[0]) for block in ready]
+        called = [(names or {}).get(i) or f"parameter {place.get(i, last)}" for i in firsts]
         return [
-            BlockSpectrum(tuple(map(id, block.parameters)), tuple(row[4:]), *row[:4])
-            for block, row in zip(ready, largest_over_ranks(rows).double().tolist(), strict=True)
+            BlockSpectrum(name, tuple(row[4:]), *row[:4])
+            for name, row in zip(called, largest_over_ranks(rows).double().tolist(), strict=True)
         ]
 
     def condition(self, spectra: Sequence[BlockSpectrum]) -> Condition | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 PER_DECADE = 4  # bins
 LOWEST, HIGHEST = -24, 16  # decades, in nats per term and squared parameter
 BINS = PER_DECADE * (HIGHEST - LOWEST)
+#: Of the bins, from the lowest to the highest, one more than there are bins.
+EDGES = tuple(10 ** (LOWEST + i / PER_DECADE) for i in range(BINS + 1))
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,32 @@ class Spectrum:
 
     counts: Tensor
     extremes: Tensor
+
+
+@dataclass(frozen=True)
+class BlockSpectrum:
+    """`Spectrum` of one block, on the host.
+
+    Attributes:
+        name: of its first parameter.
+        counts: of eigenvalues that are zero, and of those in each bin.
+        low: the smallest eigenvalue.
+        high: the largest.
+        damped_low: the smallest of the damped matrix.
+        damped_high: the largest.
+    """
+
+    name: str
+    counts: tuple[float, ...]
+    low: float
+    high: float
+    damped_low: float
+    damped_high: float
+
+    @property
+    def condition(self) -> float:
+        """Of the damped matrix; inf if it is singular."""
+        return math.inf if self.damped_low <= 0 else self.damped_high / self.damped_low
 
 
 def spectrum(values: Tensor, extremes: tuple[Tensor, ...], zeros: int = 0) -> Spectrum:

@@ -20,6 +20,7 @@ from ngplugin.lightning.namespace import Callback
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
 from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
 from ngplugin.report import Coverage, StepReport
+from ngplugin.spectrum_log import log_spectra
 from ngplugin.summary import Summary
 
 
@@ -278,6 +279,8 @@ class NaturalGradient(Callback):
         for i, report in reports:
             self._summaries[i].add(report)
             tracking.log_step(trainer.loggers, report, step, i)
+            if trainer.is_global_zero:
+                log_spectra(trainer.loggers, report.spectra, step, i)
         for i in range(len(self._ng_optimizers)):
             kls = [report.kl for of, report in reports if of == i and report.kl is not None]
             if kls and not getattr(trainer, "barebones", False):

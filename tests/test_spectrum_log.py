@@ -1,0 +1,144 @@
+"""Spectra reach the loggers that can show them, and come back from the file."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch import nn
+
+from ngplugin import NaturalGradient, NaturalGradientOptimizer
+from ngplugin.curvature.spectrum import BINS, EDGES, BlockSpectrum, counted, counted_products
+from ngplugin.spectrum_log import FILE, log_spectra, read_spectra
+
+
+@given(
+    st.lists(st.floats(1e-11, 1e7), min_size=1, max_size=20),
+    st.lists(st.floats(1e-11, 1e7), min_size=1, max_size=20),
+)
+def test_products_are_counted_as_they_would_be_one_by_one(a: list[float], g: list[float]) -> None:
+    ours = counted_products(counted(_row(a)), counted(_row(g)))
+    assert float(ours.sum()) == pytest.approx(len(a) * len(g))
+    nonzero = ours[1:].cumsum(0)
+    eps = torch.finfo(torch.float64).eps
+    kept_a = [x for x in a if x > eps * max(a)]
+    kept_g = [x for x in g if x > eps * max(g)]
+    assert float(ours[0]) == len(a) * len(g) - len(kept_a) * len(kept_g)
+    products = [x * y for x in kept_a for y in kept_g]
+    for i in range(1, BINS - 1):  # within a bin
+        assert sum(p < EDGES[i] * (1 - 1e-9) for p in products) <= float(nonzero[i]) + 1e-6
+        assert float(nonzero[i - 1]) <= sum(p < EDGES[i + 1] * (1 + 1e-9) for p in products) + 1e-6
+
+
+def _row(values: list[float]) -> torch.Tensor:
+    return torch.tensor([values], dtype=torch.float64)
+
+
+def block(name: str = "layer.weight", **changes: Any) -> BlockSpectrum:
+    counts = [0.0] * (1 + BINS)
+    counts[0], counts[50], counts[53] = 2.0, 3.0, 1.5
+    values = {"low": 1e-9, "high": 2.0, "damped_low": 1e-3, "damped_high": 2.5, **changes}
+    return BlockSpectrum(name, tuple(counts), **values)
+
+
+def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    nothing = BlockSpectrum("bias", (3.0, *[0.0] * BINS), math.nan, math.nan, math.nan, math.nan)
+    log_spectra([logger], [block(), nothing], 7)
+    log_spectra([logger], [block("other")], 9, optimizer=1)
+    log_spectra([logger], [], 11)
+    path = Path(logger.log_dir) / FILE
+    path.write_text(path.read_text() + '{"step": 12, "opti')  # cut off in the middle
+    (step, optimizer, (first, second)), (later, of, _) = read_spectra(path)
+    assert (step, optimizer, later, of) == (7, 0, 9, 1)
+    assert first == block()
+    assert first.condition == pytest.approx(2500)
+    assert second.counts == nothing.counts
+    assert math.isnan(second.high)
+
+
+class Classifier(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        (x,) = batch
+        return nn.functional.cross_entropy(self.net(x), (x[:, 0] > 0).long())
+
+    def train_dataloader(self) -> Any:
+        data = torch.utils.data.TensorDataset(torch.randn(48, 6))
+        return torch.utils.data.DataLoader(data, batch_size=8)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_loggers_get_histograms_of_every_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    loggers = [
+        CSVLogger(tmp_path, "csv"),
+        TensorBoardLogger(tmp_path, "board"),
+        WandbLogger(save_dir=tmp_path, offline=True, project="test"),
+    ]
+    L.Trainer(
+        max_epochs=2, logger=loggers, accelerator="cpu", enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=100,
+        callbacks=[NaturalGradient(show_coverage=False, show_summary=False, spectrum_every=5)],
+    ).fit(Classifier())  # fmt: skip
+    loggers[2].experiment.finish()
+    times = [*read_spectra(Path(loggers[0].log_dir) / FILE)]
+    names = [b.name for b in times[0][2]]
+    assert names == ["net.0.weight", "net.1.weight", "net.2.weight"]
+    assert [sum(b.counts) for b in times[0][2]] == [5 * 7, 2 * 5, 3 * 6]
+    assert len(times) >= 2
+
+    accumulator = _tensorboard(loggers[1].log_dir)
+    for name in names:
+        events = accumulator.Histograms(f"natgrad/spectrum/{name}")
+        assert [e.step for e in events] == [step for step, _, _ in times]
+
+    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    patience = time.monotonic() + 60  # wandb writes in a process of its own
+    while b"natgrad/spectrum/net.2.weight" not in written.read_bytes():
+        assert time.monotonic() < patience
+        time.sleep(0.1)
+
+
+def _tensorboard(folder: str) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(folder)
+    accumulator.Reload()
+    return accumulator
+
+
+def test_reports_have_spectra_on_the_steps_on_which_they_were_computed() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    optimizer = NaturalGradientOptimizer(model.parameters(), spectrum_every=5)
+    found = []
+    for i in range(12):
+        with optimizer.observe():
+            loss = model(torch.randn(8, 4)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        assert optimizer.report is not None
+        if optimizer.report.spectra:
+            found.append(i)
+            (only,) = optimizer.report.spectra
+            assert only.name == "parameter 0"
+            assert only.condition == pytest.approx(optimizer.report.condition_number, rel=1e-5)
+    assert found[0] == 0
+    assert 2 <= len(found) <= 3
