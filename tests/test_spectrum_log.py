@@ -118,7 +118,7 @@ def test_loggers_get_histograms_of_every_block(
 def _tensorboard(folder: str) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(folder)
+    accumulator = EventAccumulator(folder, {"histograms": 0})  # all of them
     accumulator.Reload()
     return accumulator
 
