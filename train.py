@@ -18,7 +18,7 @@ CONF = Path(__file__).parent / "conf"
 def job(cfg: DictConfig) -> float:
     """One run; returns `cfg.metric` for sweepers."""
     # Here, because it takes seconds: a misspelled word is told at once.
-    from experiments.summary import show_results
+    from experiments.summary import show_results, write_report
     from experiments.training import train
 
     hydra_config = HydraConfig.get()
@@ -27,7 +27,8 @@ def job(cfg: DictConfig) -> float:
         results = train(cfg, folder)
         chosen = hydra_config.runtime.choices
         title = f"{chosen.optimizer} on {chosen.data} with {chosen.model}, seed {cfg.seed}"
-        show_results(title, results, folder)
+        page = write_report(title, folder) if cfg.report else None
+        show_results(title, results, folder, page)
         numbers = {name for name, value in results.items() if isinstance(value, (int, float))}
         if cfg.metric not in numbers:
             choices = ", ".join(sorted(numbers))

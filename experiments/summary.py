@@ -21,19 +21,39 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(finite, indent=2) + "\n")
 
 
-def show_results(title: str, results: Mapping[str, Any], folder: Path) -> None:
+def write_report(title: str, folder: Path) -> Path | None:
+    """Write `report.html` and pictures of a run; None if it left no metrics to draw.
+
+    Args:
+        title: of the page.
+        folder: of the run.
+    """
+    from ngplugin.reporting.run_page import run_page
+    from ngplugin.reporting.run_record import RunNotFoundError, read_run
+
+    try:
+        return run_page(read_run(folder), title).write(folder)
+    except RunNotFoundError:  # logger=none
+        return None
+
+
+def show_results(
+    title: str, results: Mapping[str, Any], folder: Path, page: Path | None = None
+) -> None:
     """Print a short table, and where everything was written.
 
     Args:
         title: of the table.
         results: those of `training.train`; natural gradient's are there if it was used.
         folder: of the run.
+        page: with its pictures.
     """
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     for stage in ("test", "val", "train"):
-        for name in sorted(n for n in results if n.startswith(f"{stage}/")):
+        shown = (n for n in results if n.startswith(f"{stage}/") and n != "train/seconds")
+        for name in sorted(shown):
             table.add_row(name, _number(results[name]))
     table.add_row("seconds of training", f"{results['seconds']:.1f}")
     table.add_row("steps", f"{results['steps']:,}")
@@ -43,6 +63,8 @@ def show_results(title: str, results: Mapping[str, Any], folder: Path) -> None:
     console.print(table)
     # Never wrapped: a path is there to be copied.
     console.print(f"Written to {folder}", soft_wrap=True, highlight=False)
+    if page is not None:
+        console.print(f"Pictures: {page}", soft_wrap=True, highlight=False)
 
 
 def _number(value: float) -> str:

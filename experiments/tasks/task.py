@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -59,7 +60,12 @@ class Task(L.LightningModule, ABC):
         """The loss of a batch."""
         loss = self.loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=self.size(batch))
+        self.log("train/seconds", time.perf_counter() - self._started)
         return loss
+
+    def on_train_start(self) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """What is measured on examples held out of training."""
