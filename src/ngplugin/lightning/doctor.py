@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import io
 import os
 import platform
@@ -21,6 +22,7 @@ import torch
 from ngplugin.curvature.products import multiplies_bfloat16
 from ngplugin.errors import NgpluginError
 from ngplugin.lightning.callback import NaturalGradient
+from ngplugin.options import check_choice
 from ngplugin.report import Coverage
 
 #: Each with what it is for.
@@ -116,6 +118,8 @@ def dry_run(module: Any, data: Any = None, options: Mapping[str, Any] | None = N
         data: a data loader or data module; None if the module has its own.
         options: of `NaturalGradient`.
     """
+    for name in options or {}:
+        check_choice("option", name, [*inspect.signature(NaturalGradient).parameters])
     found = DryRun(parameter_bytes=sum(p.numel() * p.element_size() for p in module.parameters()))
     before = {name: t.clone() for name, t in module.state_dict().items()}
     callback = NaturalGradient(show_coverage=False, show_summary=False, **(options or {}))
@@ -123,6 +127,12 @@ def dry_run(module: Any, data: Any = None, options: Mapping[str, Any] | None = N
         found.plain_seconds = _fit(module, data, [])[0]
         module.load_state_dict(before)
         found.natural_seconds, found.warnings = _fit(module, data, [callback])
+        if not callback.summary()["steps"]:
+            found.refused = (
+                "training_step gave no gradient to any parameter of the optimizer, so no step was "
+                "made. Usual cause: the loss was detached, or is not of this module."
+            )
+            return found
         found.coverage = callback.coverage()
         found.bytes = 4 * sum(row.numel for row in found.coverage.rows)
     except NgpluginError as error:
