@@ -33,7 +33,7 @@ def show(folder: Path, metric: str | None = None) -> None:
     from ngplugin.errors import NgpluginError
     from ngplugin.reporting.comparison import comparison_page, read_sweep, write_leaderboard
 
-    console = Console()
+    console, folder = Console(), folder.resolve()
     try:
         page = comparison_page(folder, metric)
     except NgpluginError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -135,6 +136,12 @@ def test_a_fit_ends_with_it(
         assert ("natural gradient: 6 steps; KL of a step" in said) == shown
         for finding in callback.diagnosis():
             assert (str(finding) in said) == shown
+
+
+def test_the_documentation_has_every_rule() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "tuning.md").read_text()
+    for rule in RULES:
+        assert f"| {rule.name} | {rule.why} | {rule.advice} |" in text
 
 
 def test_what_is_unknown_is_called_so() -> None:

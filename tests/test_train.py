@@ -74,6 +74,11 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
     (offline,) = (folder / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"natgrad/kl" in offline.read_bytes()
     assert list((folder / "checkpoints").glob("*.ckpt"))
+    assert f"Pictures: {folder / 'report.html'}" in done.stdout
+    page = (folder / "report.html").read_text()
+    assert "KL of each step" in page
+    assert "natgrad on digits with mlp" in page
+    assert {path.stem for path in (folder / "pictures").iterdir()} >= {"loss", "kl", "spectra"}
 
 
 def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
@@ -87,6 +92,14 @@ def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
         results = json.loads((folder / "results.json").read_text())
         assert ("natgrad/kl_mean" in results) == ("natgrad" in folder.name)
         assert len(list(folder.glob("wandb/offline-run-*/run-*.wandb"))) == 1
+    sweep = runs[0].parent
+    assert "2 settings, 4 runs" in done.stdout
+    assert "optimizer=natgrad" in done.stdout
+    assert f"Written to {sweep / 'report.html'}" in done.stdout
+    board = json.loads((sweep / "leaderboard.json").read_text())
+    assert {entry["setting"] for entry in board} == {"optimizer=adamw", "optimizer=natgrad"}
+    assert all(len(entry["metrics"]["test/accuracy"]["values"]) == 2 for entry in board)
+    assert "train/loss against seconds" in (sweep / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

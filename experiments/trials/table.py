@@ -1,4 +1,4 @@
-"""Results of all trials as a table for the README: `python -m experiments.trials.table`."""
+"""Results of all trials as a table for docs/trials.md: `python -m experiments.trials.table`."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ngplugin.curvature.spectrum import BlockSpectrum
 
@@ -58,7 +58,7 @@ class StepReport:
     rejected: int = 0
     failed_factorizations: int = 0
     dropped_statistics: int = 0
-    spectra: tuple[BlockSpectrum, ...] = ()
+    spectra: tuple[BlockSpectrum, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
