@@ -271,4 +271,5 @@ def test_the_classifier_works_without_a_scheduler() -> None:
     )  # fmt: skip
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 7
-    assert set(trainer.callback_metrics) == {"train/loss", "val/loss", "val/accuracy"}
+    known = {"train/loss", "train/seconds", "val/loss", "val/accuracy"}
+    assert set(trainer.callback_metrics) == known
