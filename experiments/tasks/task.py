@@ -19,8 +19,9 @@ MakeScheduler = Callable[[Optimizer, int], LRScheduler]
 class Task(L.LightningModule, ABC):
     """Trains a network on `loss` and logs `measure` on what was held out.
 
-    Logs `train/loss` of a batch in every step, beside `train/seconds` since training began, and `val/NAME` and `test/NAME` for every name that
-    `measure` returns, averaged over batches by their size.
+    Logs `train/loss` of a batch in every step, beside `train/seconds` since training began, and
+    `val/NAME` and `test/NAME` for every name that `measure` returns, averaged over batches by their
+    size.
 
     Args:
         network: what it takes and returns is each subclass's to say.
