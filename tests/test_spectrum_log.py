@@ -89,7 +89,7 @@ def test_loggers_get_histograms_of_every_block(
     loggers = [
         CSVLogger(tmp_path, "csv"),
         TensorBoardLogger(tmp_path, "board"),
-        WandbLogger(save_dir=tmp_path, offline=True, project="test"),
+        WandbLogger(save_dir=tmp_path, offline=True, mode="offline", project="test"),
     ]
     L.Trainer(
         max_epochs=2, logger=loggers, accelerator="cpu", enable_checkpointing=False,

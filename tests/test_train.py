@@ -82,7 +82,8 @@ def test_a_run_leaves_everything_in_its_folder(tmp_path: Path) -> None:
 
 
 def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
-    done = run(tmp_path, "-m", "optimizer=adamw,natgrad", "seed=1,2", "logger=wandb")
+    quiet = ("logger=wandb", "report=false")
+    done = run(tmp_path, "-m", "optimizer=adamw,natgrad", "seed=1,2", *quiet)
     assert done.returncode == 0, done.stderr
     runs = sorted(tmp_path.glob("multirun/*/*/[0-9]*"))
     assert [r.name for r in runs] == [
