@@ -14,9 +14,10 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
 
+# Neighbouring tests on the same core, so that what a file of tests sets up is set up once.
 test: $(INSTALLED)
 	mkdir -p build
-	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --junitxml=build/tests.xml
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal --junitxml=build/tests.xml
 
 # The tests of the package with the oldest and the newest torch and Lightning that it admits.
 matrix: $(INSTALLED)
