@@ -38,6 +38,11 @@ def test_products_are_counted_as_they_would_be_one_by_one(a: list[float], g: lis
         assert float(nonzero[i - 1]) <= sum(p < EDGES[i + 1] * (1 + 1e-9) for p in products) + 1e-6
 
 
+def test_more_are_counted_than_ones_can_be_added_up_to_in_float32() -> None:
+    many = 2**24 + 4
+    assert float(counted(torch.ones(1, 1).expand(1, many)).sum()) == many
+
+
 def _row(values: list[float]) -> torch.Tensor:
     return torch.tensor([values], dtype=torch.float64)
 

@@ -80,9 +80,10 @@ def counted(values: Tensor, times: Tensor | None = None) -> Tensor:
     rounding = torch.finfo(values.dtype).eps * values.amax(1, keepdim=True)
     bins = ((values.clamp_min(10.0**LOWEST).log10() - LOWEST) * PER_DECADE).long()
     bins = torch.where(values > rounding, 1 + bins.clamp(0, BINS - 1), 0)
-    result = values.new_zeros(len(values), 1 + BINS)
-    each = torch.ones_like(values) if times is None else times.to(values).expand_as(values)
-    return result.scatter_add_(1, bins, each)
+    # Whole numbers: a sum of ones in float32 ends at 2^24.
+    each = torch.ones((), dtype=torch.long, device=bins.device) if times is None else times.long()
+    result = bins.new_zeros(len(values), 1 + BINS)
+    return result.scatter_add_(1, bins, each.expand_as(bins)).to(values)
 
 
 def counted_products(a: Tensor, g: Tensor) -> Tensor:
