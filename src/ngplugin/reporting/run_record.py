@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +12,19 @@ from typing import Any
 
 from ngplugin.curvature.spectrum import BlockSpectrum
 from ngplugin.errors import NgpluginError
+from ngplugin.report import StepReport
 from ngplugin.reporting import wandb_file
 from ngplugin.spectrum_log import FILE, read_spectra
+from ngplugin.summary import Summary
 from ngplugin.tracking import PREFIX
 
+#: What a step's report has where nothing was written.
+_MISSING = {
+    "kl": None, "kl_predicted": 0.0, "kl_radius": math.inf, "step_scale": 1.0, "damping": math.nan,
+    "condition_number": None, "condition_number_undamped": None, "reduction_ratio": None,
+    "grad_norm": math.nan, "natural_grad_norm": math.nan, "cosine": math.nan, "overhead": 0.0,
+    "skipped": 0, "rejected": 0, "failed_factorizations": 0, "dropped_statistics": 0,
+}  # fmt: skip
 SECONDS = "train/seconds"  # of training when a row was written, if the run says so
 
 
@@ -74,38 +82,21 @@ class RunRecord:
         return found
 
     def numbers(self) -> dict[str, float | None]:
-        """As `Summary.numbers` gives them, from what was written."""
-        kl, predicted = self._natural("kl"), self._natural("kl_predicted")
-        radius = self._natural("kl_radius")
-        at = dict(zip(predicted.steps, predicted.values, strict=True))
-        bound = dict(zip(radius.steps, radius.values, strict=True))
-        scale, overhead = self._natural("step_scale").values, self._natural("overhead").values
-        measured = list(zip(kl.steps, kl.values, strict=True))
-        counts = ("skipped", "rejected", "failed_factorizations", "dropped_statistics")
-        steps = len(scale)
-        return {
-            "steps": steps,
-            "kl_mean": statistics.fmean(kl.values) if kl.values else None,
-            "kl_max": max(kl.values, default=None),
-            "kl_used": _median([v / bound[s] for s, v in measured if bound.get(s)]),
-            "kl_ratio": _median([v / at[s] for s, v in measured if at.get(s)]),
-            "kl_radius": radius.values[-1] if radius.values else math.inf,
-            "reduction_ratio": _median(self._natural("reduction_ratio").values),
-            "cosine": _median(self._natural("cosine").values),
-            "condition_number": self._last("condition_number"),
-            "damping": self._last("damping"),
-            "measured": len(measured) / steps if steps else None,
-            "bound_active": sum(s < 1 for s in scale) / steps if steps else None,
-            "overhead": statistics.fmean(overhead) if overhead else None,
-            **{name: sum(self._natural(name).values) for name in counts},
-        }
+        """As `Summary.numbers` gives them, from what was written; each step counts as one second.
 
-    def _natural(self, name: str) -> Series:
-        return self.metrics.get(PREFIX + name, Series())
-
-    def _last(self, name: str) -> float | None:
-        values = self._natural(name).values
-        return values[-1] if values else None
+        What a logger does not get is not there: a measurement that was not made, an infinite
+        radius.
+        """
+        steps: dict[int, dict[str, float]] = {}
+        for name, series in self.metrics.items():
+            if name.startswith(PREFIX):
+                for step, value in zip(series.steps, series.values, strict=True):
+                    steps.setdefault(step, {})[name.removeprefix(PREFIX)] = value
+        summary = Summary()
+        for step, values in sorted(steps.items()):
+            known = {name: values.get(name, other) for name, other in _MISSING.items()}
+            summary.add(StepReport(step=step, seconds=1.0, **known))  # type: ignore[arg-type]
+        return summary.numbers()
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -189,7 +180,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def _median(values: list[float]) -> float | None:
-    return statistics.median(values) if values else None
