@@ -16,7 +16,7 @@ from ngplugin import NaturalGradient
 from ngplugin.diagnosis import RULES, diagnose
 from ngplugin.lightning import terminal
 from ngplugin.summary import Summary
-from tests.test_tracking import report
+from tests.tracking.test_metrics import report
 
 #: A fit of which there is nothing to say.
 QUIET: dict[str, float | None] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ngplugin import NaturalGradient, NaturalGradientOptimizer
-from ngplugin.tracking import metrics
+from ngplugin.tracking.metrics import metrics
 from tests.oracle import flat, generator
 
 F = torch.nn.functional

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
-from ngplugin import tracking
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.curvature.products import Products
 from ngplugin.damping import Damping
-from ngplugin.diagnosis import Finding, diagnose
+from ngplugin.diagnosis import Finding
 from ngplugin.errors import OptionError
 from ngplugin.layer_balance import LayerBalance
 from ngplugin.lightning import terminal, trainer_settings
@@ -20,8 +19,8 @@ from ngplugin.lightning.namespace import Callback
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
 from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
 from ngplugin.report import Coverage, StepReport
-from ngplugin.spectrum_log import log_spectra
-from ngplugin.summary import Summary
+from ngplugin.tracking.fit_log import FitLog
+from ngplugin.tracking.metrics import prefix
 
 
 class NaturalGradient(Callback):
@@ -44,8 +43,9 @@ class NaturalGradient(Callback):
 
     After the first step it prints which block every parameter got, and after every step it writes
     the KL divergence, the condition number and more to all loggers, whatever `log_every_n_steps`
-    is; `natgrad/kl` is also among the `callback_metrics` and in the progress bar. Metrics of a
-    second optimizer begin with `natgrad-1/`, and so on.
+    is; `natgrad/kl` and `natgrad/step_scale` are also among the `callback_metrics` and in the
+    progress bar. Metrics of a second optimizer begin with `natgrad-1/`, and so on. wandb and
+    TensorBoard get spectra, the coverage table and pictures too, wandb also alerts.
 
     Args:
         lr: upper limit of the step at the peak of the learning-rate schedule, in units of the
@@ -53,6 +53,7 @@ class NaturalGradient(Callback):
         enabled: False leaves the training as it would be without this callback, bit for bit.
         show_coverage: print the table of parameters and blocks.
         show_summary: print at the end what the fit's numbers say, and what to change.
+        show_progress: KL and step scale of the last step in the progress bar.
         optimizers: which of the module's optimizers are to be natural, where there are several, by
             their places in what `configure_optimizers()` returned; None for all.
         momentum: of the running sum of gradients, in [0, 1).
@@ -113,6 +114,7 @@ class NaturalGradient(Callback):
         enabled: bool = True,
         show_coverage: bool = True,
         show_summary: bool = True,
+        show_progress: bool = True,
         optimizers: list[int] | None = None,
         momentum: float = 0.9,
         nesterov: bool = True,
@@ -145,6 +147,7 @@ class NaturalGradient(Callback):
         self.enabled = enabled
         self.show_coverage = show_coverage
         self.show_summary = show_summary
+        self.show_progress = show_progress
         self.lr = lr
         self.options = Options(
             momentum=momentum,
@@ -182,7 +185,7 @@ class NaturalGradient(Callback):
         self._scaler: Any = None  # of the loss, under 16-bit precision
         self._listeners: list[Callable[[StepReport], None]] = []  # ours, one an optimizer
         self._reports: list[tuple[int, StepReport]] = []  # of the present batch
-        self._summaries: list[Summary] = [Summary()]
+        self._logs: list[FitLog] = [FitLog()]
 
     # -- looking at it -------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ class NaturalGradient(Callback):
         Args:
             optimizer: which, among those that natural gradient was put into.
         """
-        return self._summaries[optimizer].numbers()
+        return self._logs[optimizer].summary.numbers()
 
     def diagnosis(self, optimizer: int = 0) -> list[Finding]:
         """What the numbers of the last fit say, and what to change: see `ngplugin.diagnosis`.
@@ -200,7 +203,32 @@ class NaturalGradient(Callback):
         Args:
             optimizer: which, among those that natural gradient was put into.
         """
-        return diagnose(self._summaries[optimizer].numbers())
+        return self._logs[optimizer].diagnosis()
+
+    def plot(self, name: str = "kl", optimizer: int = 0) -> tuple[Any, Any]:
+        """Draw the last fit so far: a matplotlib figure, and its axes.
+
+            figure, axes = callback.plot("spectra")
+            figure.savefig("spectra.png")
+
+        Args:
+            name: `"kl"` of each step, `"kl-agreement"` of measured and predicted KL, `"condition"`,
+                `"block-conditions"`, `"spectra"`, `"step-scale"`, `"trust"` (reduction ratio and
+                damping) or `"direction"`; those of `ngplugin report`.
+            optimizer: which, among those that natural gradient was put into.
+
+        Returns:
+            A `matplotlib.figure.Figure`, which notebooks show, and its axes, or a list of them.
+
+        Raises:
+            OptionError: there is no such picture, or nothing to draw yet.
+            ImportError: matplotlib is not installed; `pip install 'ngplugin[report]'`.
+        """
+        from ngplugin.reporting.pictures import picture
+        from ngplugin.reporting.run_record import record_of
+
+        figure = picture(record_of(self._logs[optimizer].history), name)
+        return figure, figure.axes[0] if len(figure.axes) == 1 else figure.axes
 
     def coverage(self, optimizer: int | None = None) -> Coverage:
         """Which block every parameter has; complete after the first step.
@@ -245,9 +273,12 @@ class NaturalGradient(Callback):
         self._chosen_places = chosen
         self._rewritten = type(trainer.strategy).__name__ == "ModelParallelStrategy"
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._summaries = [Summary() for _ in chosen]
+        writes = trainer.is_global_zero
+        self._logs = [FitLog(i, trainer.loggers, writes=writes) for i in range(len(chosen))]
         for i, optimizer in enumerate(self._ng_optimizers):
-            tracking.declare(trainer.loggers, i)
+            wrapped = isinstance(optimizer, WrappedNaturalGradient)
+            lr = self.lr if wrapped else optimizer.defaults["lr"]
+            self._logs[i].begin({"lr": lr, **vars(optimizer.options)})
             self._listeners.append(self._listener(i))
             optimizer.listeners.append(self._listeners[i])
             optimizer.parameter_names.update(self._names)
@@ -277,18 +308,16 @@ class NaturalGradient(Callback):
         # The step that Lightning's own logging writes at this moment.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for i, report in reports:
-            self._summaries[i].add(report)
-            tracking.log_step(trainer.loggers, report, step, i)
-            if trainer.is_global_zero:
-                log_spectra(trainer.loggers, report.spectra, step, i)
-        for i in range(len(self._ng_optimizers)):
-            kls = [report.kl for of, report in reports if of == i and report.kl is not None]
-            if kls and not getattr(trainer, "barebones", False):
-                name = f"{tracking.prefix(i)}kl"
-                pl_module.log(name, kls[-1], prog_bar=True, logger=False, on_step=True)
-            first = any(of == i and report.step == 0 for of, report in reports)
-            if first and self.show_coverage and trainer.is_global_zero:
-                terminal.show_coverage(self.coverage(i), self._place(i))
+            self._logs[i].step(report, step)
+            if not getattr(trainer, "barebones", False):
+                shown = {"kl": report.kl, "step_scale": report.step_scale}
+                known = {f"{prefix(i)}{k}": v for k, v in shown.items() if v is not None}
+                bar = self.show_progress
+                pl_module.log_dict(known, prog_bar=bar, logger=False, on_step=True)
+            if report.step == 0:
+                self._logs[i].coverage(self.coverage(i))
+                if self.show_coverage and trainer.is_global_zero:
+                    terminal.show_coverage(self.coverage(i), self._place(i))
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Say it if steps are made behind our back.
@@ -298,8 +327,7 @@ class NaturalGradient(Callback):
         self._watching.close()
         if trainer.current_epoch > 0 or pl_module.automatic_optimization:
             return
-        made = [summary.numbers()["steps"] for summary in self._summaries]
-        idle = [i for i in range(len(self._ng_optimizers)) if made[i] == 0]
+        idle = [i for i in range(len(self._ng_optimizers)) if not self.summary(i)["steps"]]
         if idle:
             warnings.warn(
                 f"NaturalGradient: optimizer {self._chosen_places[idle[0]]} made no step in the "
@@ -311,9 +339,10 @@ class NaturalGradient(Callback):
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what the numbers say."""
-        if self.show_summary and trainer.is_global_zero:
-            for i, summary in enumerate(self._summaries[: len(self._ng_optimizers)]):
-                terminal.show_summary(summary.numbers(), self.diagnosis(i), self._place(i))
+        for i, log in enumerate(self._logs[: len(self._ng_optimizers)]):
+            log.end()
+            if self.show_summary and trainer.is_global_zero:
+                terminal.show_summary(self.summary(i), self.diagnosis(i), self._place(i))
 
     def _place(self, i: int) -> int | None:
         """Of one of several optimizers, in what the module returned."""

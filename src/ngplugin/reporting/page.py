@@ -40,12 +40,14 @@ class Table:
         rows: cells; the first of each is a name.
         head: names of columns; none for none.
         caption: how to read it.
+        folded: shown when it is asked for.
     """
 
     title: str
     rows: Sequence[Sequence[str]]
     head: Sequence[str] = ()
     caption: str = ""
+    folded: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ngplugin.curvature.spectrum import BINS, LOWEST, PER_DECADE
+from ngplugin.errors import OptionError
+from ngplugin.options import check_choice
 from ngplugin.reporting.run_record import RunRecord, Series
-from ngplugin.tracking import PREFIX
+from ngplugin.tracking.metrics import PREFIX
 
 _WIDTH, _HEIGHT = 7.0, 3.4  # inches
 _MOST_POINTS = 4000  # of a line; more than there are pixels
@@ -37,6 +39,23 @@ class Picture:
     title: str
     caption: str
     draw: Callable[[RunRecord], Figure | None]
+
+
+def picture(run: RunRecord, name: str) -> Figure:
+    """One of the pictures, by its name.
+
+    Raises:
+        OptionError: there is none of this name, or the run has nothing to draw in it.
+    """
+    check_choice("name", name, [each.name for each in PICTURES])
+    figure = next(each for each in PICTURES if each.name == name).draw(run)
+    if figure is None:
+        raise OptionError(
+            f"name={name!r}: this fit has nothing to draw there. Usual cause: it has made no step, "
+            "or what the picture shows was switched off (measure_every=None, spectrum_every above "
+            "the number of steps), or is of a loss, which only loggers know."
+        )
+    return figure
 
 
 def loss(run: RunRecord) -> Figure | None:

@@ -52,6 +52,10 @@ def run_page(run: RunRecord, title: str | None = None) -> Page:
             if (value := numbers.get(name)) is not None
         ]
         tables.append(Table("Natural gradient", rows))
+    if len(run.coverage) > 1:
+        head, *rows = run.coverage
+        caption = f"Its block, and why; {len(rows)} parameters."
+        tables.append(Table("What preconditions each parameter", rows, head, caption, folded=True))
     pictures = [
         Shown(p.name, p.title, p.caption, figure)
         for p in PICTURES

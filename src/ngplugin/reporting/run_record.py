@@ -5,18 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ngplugin.curvature.spectrum import BlockSpectrum
 from ngplugin.errors import NgpluginError
+from ngplugin.history import History
 from ngplugin.report import StepReport
 from ngplugin.reporting import wandb_file
-from ngplugin.spectrum_log import FILE, read_spectra
 from ngplugin.summary import Summary
-from ngplugin.tracking import PREFIX
+from ngplugin.tracking import coverage, spectra
+from ngplugin.tracking.metrics import PREFIX, metrics
 
 #: What a step's report has where nothing was written.
 _MISSING = {
@@ -53,13 +54,15 @@ class RunRecord:
         folder: where it was found.
         metrics: by name.
         spectra: step and blocks, of the first optimizer that has any.
+        coverage: which block every parameter had; names of columns first.
         config: as the run was started, as far as it was kept.
         results: what it came to, as far as it was kept.
     """
 
     folder: Path
     metrics: dict[str, Series] = field(default_factory=dict)
-    spectra: list[tuple[int, list[BlockSpectrum]]] = field(default_factory=list)
+    spectra: list[tuple[int, Sequence[BlockSpectrum]]] = field(default_factory=list)
+    coverage: list[list[str]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -99,6 +102,12 @@ class RunRecord:
         return summary.numbers()
 
 
+def record_of(history: History) -> RunRecord:
+    """A fit of this process, as if it had been read from a folder."""
+    rows = ((report.step, metrics(report)) for report in history.reports)
+    return RunRecord(Path(), _series(rows), list(history.spectra.kept))
+
+
 def read_run(folder: Path) -> RunRecord:
     """Read what a run has left.
 
@@ -115,14 +124,19 @@ def read_run(folder: Path) -> RunRecord:
     written = sorted(folder.rglob("*.wandb"), key=lambda path: (len(path.parts), path))
     if tables:
         record = RunRecord(folder, _read_table(tables[0]))
-        path = tables[0].parent / FILE
+        path = tables[0].parent / spectra.FILE
         if path.exists():
-            found = list(read_spectra(path))
+            found = list(spectra.read_spectra(path))
             first = min((optimizer for _, optimizer, _ in found), default=0)
             record.spectra = [(step, blocks) for step, of, blocks in found if of == first]
+        path = tables[0].parent / coverage.FILE
+        if path.exists():
+            record.coverage = coverage.read_coverage(path)
     elif written:
-        metrics, config = wandb_file.read(written[0])
-        record = RunRecord(folder, _series(metrics), config=config)
+        rows, config = wandb_file.read(written[0])
+        record = RunRecord(folder, _series(_numbers_of(rows)), config=config)
+        record.spectra = [(_step(row), blocks) for row in rows if (blocks := _blocks_of(row))]
+        record.coverage = _coverage_of(rows, written[0].parent)
     else:
         raise RunNotFoundError(
             f"{folder}: expected the folder of a run, with a metrics.csv or an offline wandb file "
@@ -148,6 +162,45 @@ def _rows(reader: Iterator[Mapping[str, str | None]]) -> Iterator[tuple[int, dic
         except ValueError:
             continue  # the last line of a run that was killed
         yield step, {name: v for name, text in row.items() if (v := _number(text)) is not None}
+
+
+def _step(row: Mapping[str, Any]) -> int:
+    """The trainer's; wandb's own counts every call of its log()."""
+    return int(row.get("trainer/global_step", row.get("_step", 0)))
+
+
+def _numbers_of(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, dict[str, float]]]:
+    for row in rows:
+        yield (
+            _step(row),
+            {
+                name: float(value)
+                for name, value in row.items()
+                if isinstance(value, (int, float))
+                and name[:1] != "_"
+                and name != "trainer/global_step"
+            },
+        )
+
+
+def _blocks_of(row: Mapping[str, Any]) -> list[BlockSpectrum]:
+    """Of the first optimizer, from what `spectra.log_spectra` has written to wandb."""
+    found, beginning = [], f"{PREFIX}spectrum/"
+    for name, value in row.items():
+        if name.startswith(beginning) and isinstance(value, dict):
+            block = name.removeprefix(beginning)
+            condition = row.get(f"{PREFIX}condition/{block}", math.nan)
+            found.append(spectra.from_histogram(block, value["bins"], value["values"], condition))
+    return sorted(found, key=lambda each: each.name)
+
+
+def _coverage_of(rows: Sequence[Mapping[str, Any]], folder: Path) -> list[list[str]]:
+    tables = [row[f"{PREFIX}coverage"] for row in rows if f"{PREFIX}coverage" in row]
+    path = folder / "files" / tables[0].get("path", "") if tables else folder / "no such file"
+    if not path.is_file():
+        return []
+    table = json.loads(path.read_text())
+    return [table["columns"], *table["data"]]
 
 
 def _series(rows: Iterator[tuple[int, dict[str, float]]]) -> dict[str, Series]:

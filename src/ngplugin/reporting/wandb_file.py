@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,11 @@ _HEADER, _BLOCK, _PIECE = 7, 32 * 1024, 7
 _WHOLE, _FIRST, _LAST = 1, 2, 4
 
 
-def read(path: Path) -> tuple[Iterator[tuple[int, dict[str, float]]], dict[str, Any]]:
-    """The rows of a run's history, each with its step, and its config.
+def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of a run's history and its config, by name.
+
+    A value of a row is a number or text, or a dict of what wandb keeps of a histogram, table or
+    image.
 
     Args:
         path: of the file; one that is being written, or was cut off, is read as far as it goes.
@@ -31,22 +34,16 @@ def read(path: Path) -> tuple[Iterator[tuple[int, dict[str, float]]], dict[str, 
     from wandb.proto import wandb_internal_pb2
 
     config: dict[str, Any] = {}
-    rows: list[tuple[int, dict[str, float]]] = []
+    rows: list[dict[str, Any]] = []
     for data in records(path.read_bytes()):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            row = {_key(item): json.loads(item.value_json) for item in record.history.item}
-            numbers = {
-                name: float(value) for name, value in row.items() if isinstance(value, (int, float))
-            }
-            step = numbers.pop("trainer/global_step", numbers.get("_step", 0.0))
-            rows.append((int(step), {n: v for n, v in numbers.items() if not n.startswith("_")}))
+            rows.append(_nested(record.history.item))
         elif kind in ("config", "run"):
-            changed = record.config if kind == "config" else record.run.config
-            config.update({_key(item): json.loads(item.value_json) for item in changed.update})
-    return iter(rows), config
+            config |= _nested((record.config if kind == "config" else record.run.config).update)
+    return rows, config
 
 
 def records(content: bytes) -> Iterator[bytes]:
@@ -67,5 +64,12 @@ def records(content: bytes) -> Iterator[bytes]:
         at += _PIECE + length
 
 
-def _key(item: Any) -> str:
-    return item.key or "/".join(item.nested_key)
+def _nested(items: Iterable[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for item in items:
+        name, *below = item.nested_key or [item.key]
+        if below:
+            found.setdefault(name, {})["/".join(below)] = json.loads(item.value_json)
+        else:
+            found[name] = json.loads(item.value_json)
+    return found

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ngplugin.curvature.spectrum import EDGES, BlockSpectrum
-from ngplugin.tracking import prefix
+from ngplugin.curvature.spectrum import EDGES, LOWEST, PER_DECADE, BlockSpectrum
+from ngplugin.tracking.kinds import kind
+from ngplugin.tracking.metrics import prefix
 
 FILE = "natgrad-spectra.jsonl"  # a line for each time and optimizer
 
@@ -21,8 +22,9 @@ def log_spectra(
 ) -> None:
     """Write the spectra of one step.
 
-    wandb and TensorBoard get a histogram of the decimal logarithms for each block; beside the file
-    of a `CSVLogger` a line is written. Other loggers have nothing to show them with.
+    For each block wandb and TensorBoard get a histogram of the decimal logarithms, the condition
+    number and the effective rank; beside the file of a `CSVLogger` a line is written. Other loggers
+    have nothing to show them with.
 
     Args:
         loggers: a trainer's.
@@ -33,13 +35,13 @@ def log_spectra(
     if not spectra:
         return
     for logger in loggers:
-        kind = type(logger).__name__
-        if kind == "WandbLogger":
-            _to_wandb(logger.experiment, spectra, step, optimizer)
-        elif kind == "TensorBoardLogger":
-            _to_tensorboard(logger.experiment, spectra, step, optimizer)
-        elif kind == "CSVLogger":
-            _to_file(Path(logger.log_dir) / FILE, spectra, step, optimizer)
+        match kind(logger):
+            case "wandb":
+                _to_wandb(logger.experiment, spectra, step, optimizer)
+            case "tensorboard":
+                _to_tensorboard(logger.experiment, spectra, step, optimizer)
+            case "csv":
+                _to_file(Path(logger.log_dir) / FILE, spectra, step, optimizer)
 
 
 def read_spectra(path: Path) -> Iterator[tuple[int, int, list[BlockSpectrum]]]:
@@ -52,27 +54,56 @@ def read_spectra(path: Path) -> Iterator[tuple[int, int, list[BlockSpectrum]]]:
         yield found["step"], found["optimizer"], [_whole(block) for block in found["blocks"]]
 
 
+def from_histogram(
+    name: str, edges: Sequence[float], counts: Sequence[float], condition: float
+) -> BlockSpectrum:
+    """Of a block, from what wandb was given; of its eigenvalues only their bins are known.
+
+    Args:
+        name: of the block.
+        edges: of the bins, decimal logarithms, one more than there are bins.
+        counts: of eigenvalues in each.
+        condition: number of the damped block.
+    """
+    first = 1 + round((edges[0] - LOWEST) * PER_DECADE)
+    bins = [0.0] * len(EDGES)
+    bins[first : first + len(counts)] = counts
+    return BlockSpectrum(name, tuple(bins), math.nan, math.nan, 1.0, condition)
+
+
 def _name(block: BlockSpectrum, optimizer: int) -> str:
     return f"{prefix(optimizer)}spectrum/{block.name}"
+
+
+def _numbers(block: BlockSpectrum, optimizer: int) -> dict[str, float]:
+    values = {"condition": block.condition, "effective_rank": block.effective_rank}
+    return {
+        f"{prefix(optimizer)}{name}/{block.name}": value
+        for name, value in values.items()
+        if math.isfinite(value)
+    }
 
 
 def _to_wandb(run: Any, spectra: Sequence[BlockSpectrum], step: int, optimizer: int) -> None:
     import wandb
 
-    histograms: dict[str, Any] = {"trainer/global_step": step}
+    found: dict[str, Any] = {"trainer/global_step": step}
     for block in spectra:
         first, counts = _occupied(block)
         edges = [math.log10(edge) for edge in EDGES[first : first + len(counts) + 1]]
         if counts:
             histogram = wandb.Histogram(np_histogram=(counts, edges))  # type: ignore[arg-type]
-            histograms[_name(block, optimizer)] = histogram
-    run.log(histograms)
+            found[_name(block, optimizer)] = histogram
+        found |= _numbers(block, optimizer)
+    run.log(found)
 
 
 def _to_tensorboard(
     writer: Any, spectra: Sequence[BlockSpectrum], step: int, optimizer: int
 ) -> None:
     for block in spectra:
+        for name, value in _numbers(block, optimizer).items():
+            writer.add_scalar(name, value, global_step=step)
         first, counts = _occupied(block)
         if not counts:
             continue

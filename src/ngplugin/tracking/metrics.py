@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ngplugin.report import StepReport
+from ngplugin.tracking.kinds import kind
 
 PREFIX = "natgrad/"
 
@@ -58,12 +59,29 @@ def log_step(
         logger.log_metrics(values, step=step)
 
 
-def declare(loggers: Iterable[Any], optimizer: int = 0) -> None:
-    """Tell loggers that keep a summary of each metric to keep the largest KL, not the last.
+def declare(loggers: Iterable[Any], options: Mapping[str, Any], optimizer: int = 0) -> None:
+    """Tell wandb how metrics are to be summed up, and with which options they came about.
 
-    Only wandb does; other loggers have nothing to declare.
+    Of the KL and the condition number it is the largest that counts, not the last; other loggers
+    have nothing to declare. `WandbLogger` itself has made its step the axis of all metrics.
+
+    Args:
+        loggers: a trainer's.
+        options: of natural gradient, by name.
+        optimizer: whose, of several.
     """
     for logger in loggers:
-        define = getattr(getattr(logger, "experiment", None), "define_metric", None)
-        if callable(define):
-            define(prefix(optimizer) + "kl", step_metric="trainer/global_step", summary="max")
+        if kind(logger) != "wandb":
+            continue
+        run = logger.experiment
+        for name in ("kl", "kl_predicted", "condition_number"):
+            run.define_metric(
+                prefix(optimizer) + name,
+                step_metric="trainer/global_step",
+                summary="max,last",
+            )
+        plain = {
+            name: value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+            for name, value in options.items()
+        }
+        run.config.update({prefix(optimizer).rstrip("/"): plain}, allow_val_change=True)

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 
-from ngplugin import StepReport, tracking
+from ngplugin import StepReport
+from ngplugin.tracking import metrics as tracking
 
 
 def report(**changes: Any) -> StepReport:
@@ -50,7 +51,7 @@ def test_what_was_not_measured_or_is_infinite_is_left_out() -> None:
 def test_wandb_offline_gets_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True, project="test")
-    tracking.declare([logger])
+    tracking.declare([logger], {})
     for step in range(4):
         tracking.log_step([logger], report(kl=0.25 + step), step)
     assert logger.experiment.summary["natgrad/kl_radius"] == 0.5

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from ngplugin import NaturalGradient, NaturalGradientOptimizer
+from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.spectrum import BINS, EDGES, BlockSpectrum, counted, counted_products
-from ngplugin.spectrum_log import FILE, log_spectra, read_spectra
+from ngplugin.tracking.spectra import FILE, log_spectra, read_spectra
+from tests.tracking.conftest import Fit, history
 
 
 @given(
@@ -70,62 +69,41 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     assert math.isnan(second.high)
 
 
-class Classifier(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        (x,) = batch
-        return nn.functional.cross_entropy(self.net(x), (x[:, 0] > 0).long())
-
-    def train_dataloader(self) -> Any:
-        data = torch.utils.data.TensorDataset(torch.randn(48, 6))
-        return torch.utils.data.DataLoader(data, batch_size=8)
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def test_loggers_get_histograms_of_every_block(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    loggers = [
-        CSVLogger(tmp_path, "csv"),
-        TensorBoardLogger(tmp_path, "board"),
-        WandbLogger(save_dir=tmp_path, offline=True, mode="offline", project="test"),
-    ]
-    L.Trainer(
-        max_epochs=2, logger=loggers, accelerator="cpu", enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=100,
-        callbacks=[NaturalGradient(show_coverage=False, show_summary=False, spectrum_every=5)],
-    ).fit(Classifier())  # fmt: skip
-    loggers[2].experiment.finish()
-    times = [*read_spectra(Path(loggers[0].log_dir) / FILE)]
+def test_loggers_get_histograms_and_numbers_of_every_block(fit: Fit) -> None:
+    times = [*read_spectra(fit.csv / FILE)]
     names = [b.name for b in times[0][2]]
     assert names == ["net.0.weight", "net.1.weight", "net.2.weight"]
     assert [sum(b.counts) for b in times[0][2]] == [5 * 7, 2 * 5, 3 * 6]
     assert len(times) >= 2
+    written = history(fit.wandb)
+    for place, name in enumerate(names):
+        steps = [step for step, _, _ in times]
+        assert [e.step for e in fit.tensorboard.Histograms(f"natgrad/spectrum/{name}")] == steps
+        rows = [row for row in written if f"natgrad/spectrum/{name}" in row]
+        assert [row["trainer/global_step"] for row in rows] == steps
+        first, *edges = rows[0][f"natgrad/spectrum/{name}"]["bins"]
+        assert first < edges[-1]
+        for number, values in {
+            "condition": [blocks[place].condition for _, _, blocks in times],
+            "effective_rank": [blocks[place].effective_rank for _, _, blocks in times],
+        }.items():
+            key = f"natgrad/{number}/{name}"
+            assert [row[key] for row in rows] == pytest.approx(values, rel=1e-4)
+            board = [e.value for e in fit.tensorboard.Scalars(key)]
+            assert board == pytest.approx(values, rel=1e-4)
 
-    accumulator = _tensorboard(loggers[1].log_dir)
-    for name in names:
-        events = accumulator.Histograms(f"natgrad/spectrum/{name}")
-        assert [e.step for e in events] == [step for step, _, _ in times]
 
-    (written,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    patience = time.monotonic() + 60  # wandb writes in a process of its own
-    while b"natgrad/spectrum/net.2.weight" not in written.read_bytes():
-        assert time.monotonic() < patience
-        time.sleep(0.1)
+def test_the_effective_rank_is_that_of_the_eigenvalues() -> None:
+    def rank(values: list[float]) -> float:
+        counts = tuple(counted(_row(values))[0].tolist())
+        return BlockSpectrum("", counts, 0.0, 1.0, 0.1, 1.1).effective_rank
 
-
-def _tensorboard(folder: str) -> Any:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(folder, {"histograms": 0})  # all of them
-    accumulator.Reload()
-    return accumulator
+    assert rank([2.0] * 7) == pytest.approx(7)
+    assert rank([1.0, 0.0, 0.0]) == pytest.approx(1)
+    assert math.isnan(rank([0.0, 0.0]))
+    values = torch.logspace(-3, 2, 50, dtype=torch.float64)
+    p = values / values.sum()
+    assert rank(values.tolist()) == pytest.approx(float((-(p * p.log()).sum()).exp()), rel=0.1)
 
 
 def test_reports_have_spectra_on_the_steps_on_which_they_were_computed() -> None:

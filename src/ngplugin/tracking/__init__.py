@@ -1,0 +1,1 @@
+"""What a fit leaves in its loggers: metrics, spectra, coverage, alerts, pictures."""

@@ -1,0 +1,75 @@
+"""What one optimizer did in a fit: to loggers as it happens, and kept until the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ngplugin.diagnosis import Finding, diagnose
+from ngplugin.history import History
+from ngplugin.report import Coverage, StepReport
+from ngplugin.summary import Summary
+from ngplugin.tracking.alerts import Alerts
+from ngplugin.tracking.coverage import log_coverage
+from ngplugin.tracking.metrics import declare, log_step
+from ngplugin.tracking.pictures import log_end
+from ngplugin.tracking.spectra import log_spectra
+
+
+class FitLog:
+    """Of one fit and optimizer.
+
+    Args:
+        optimizer: its number, which its metrics' names have; of the first there is none.
+        loggers: a trainer's.
+        writes: whether this process also writes what is more than numbers: of several one does.
+            Numbers are the loggers' own affair.
+    """
+
+    def __init__(
+        self, optimizer: int = 0, loggers: Sequence[Any] = (), *, writes: bool = True
+    ) -> None:
+        self._optimizer = optimizer
+        self._loggers = loggers
+        self._showing = loggers if writes else ()
+        self._alerts = Alerts()
+        self._last = 0
+        self.summary = Summary()
+        self.history = History()
+
+    def begin(self, options: Mapping[str, Any]) -> None:
+        """Before the first step.
+
+        Args:
+            options: of natural gradient, by name.
+        """
+        declare(self._showing, options, self._optimizer)
+
+    def step(self, report: StepReport, step: int) -> None:
+        """After each.
+
+        Args:
+            report: of it.
+            step: on the loggers' axis.
+        """
+        self._last = step
+        self.summary.add(report)
+        self.history.add(report)
+        log_step(self._loggers, report, step, self._optimizer)
+        log_spectra(self._showing, report.spectra, step, self._optimizer)
+        self._alerts.step(self._showing, report)
+
+    def coverage(self, coverage: Coverage) -> None:
+        """Once blocks are known."""
+        log_coverage(self._showing, coverage, self._last, self._optimizer)
+
+    def end(self) -> None:
+        """After the last."""
+        log_end(
+            self._showing, self.history, self.summary.numbers(), self.diagnosis(), self._last,
+            self._optimizer,
+        )  # fmt: skip
+
+    def diagnosis(self) -> list[Finding]:
+        """What the numbers say."""
+        return diagnose(self.summary.numbers())
