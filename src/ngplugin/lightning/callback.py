@@ -53,7 +53,7 @@ class NaturalGradient(Callback):
         enabled: False leaves the training as it would be without this callback, bit for bit.
         show_coverage: print the table of parameters and blocks.
         show_summary: print at the end what the fit's numbers say, and what to change.
-        show_progress: KL and step scale of the last step in the progress bar.
+        show_progress: KL and step scale of the last measured step in the progress bar.
         optimizers: which of the module's optimizers are to be natural, where there are several, by
             their places in what `configure_optimizers()` returned; None for all.
         momentum: of the running sum of gradients, in [0, 1).
@@ -309,12 +309,11 @@ class NaturalGradient(Callback):
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
         for i, report in reports:
             self._logs[i].step(report, step)
-            if not getattr(trainer, "barebones", False):
-                shown = {"kl": report.kl, "step_scale": report.step_scale}
-                known = {f"{prefix(i)}{k}": v for k, v in shown.items() if v is not None}
-                bar = self.show_progress
-                pl_module.log_dict(known, prog_bar=bar, logger=False, on_step=True)
-            if report.step == 0:
+            # Not on every step: this takes as long as a small model's own step.
+            if report.kl is not None and not getattr(trainer, "barebones", False):
+                shown = {f"{prefix(i)}kl": report.kl, f"{prefix(i)}step_scale": report.step_scale}
+                pl_module.log_dict(shown, prog_bar=self.show_progress, logger=False, on_step=True)
+            if self._logs[i].steps == 1:
                 self._logs[i].coverage(self.coverage(i))
                 if self.show_coverage and trainer.is_global_zero:
                     terminal.show_coverage(self.coverage(i), self._place(i))

@@ -24,6 +24,11 @@ class FitLog:
         loggers: a trainer's.
         writes: whether this process also writes what is more than numbers: of several one does.
             Numbers are the loggers' own affair.
+
+    Attributes:
+        steps: of this fit so far; one that goes on from a checkpoint begins at 0.
+        summary: of them.
+        history: them, as many as can be drawn.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class FitLog:
         self._showing = loggers if writes else ()
         self._alerts = Alerts()
         self._last = 0
+        self.steps = 0
         self.summary = Summary()
         self.history = History()
 
@@ -53,6 +59,7 @@ class FitLog:
             step: on the loggers' axis.
         """
         self._last = step
+        self.steps += 1
         self.summary.add(report)
         self.history.add(report)
         log_step(self._loggers, report, step, self._optimizer)
