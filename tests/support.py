@@ -27,39 +27,42 @@ at hand, and nothing was run on one.
 Cell = tuple[str, str, bool]  # area, what, whether it works
 
 
-class _Markers:
-    """Collects the markers of every test that pytest finds."""
+def cells(items: Iterable[pytest.Item]) -> dict[Cell, set[str]]:
+    """Each cell of the matrix with the files of its tests, by their markers."""
+    found: dict[Cell, set[str]] = defaultdict(set)
+    for item in items:
+        for name in ("supports", "refuses"):
+            for marker in item.iter_markers(name):
+                area, what = marker.args
+                found[area, what, name == "supports"].add(item.location[0])
+    return found
 
-    def __init__(self) -> None:
-        self.cells: dict[Cell, set[str]] = defaultdict(set)
+
+class _Collected:
+    """Every test that pytest finds."""
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        for item in session.items:
-            file = item.location[0]
-            for name in ("supports", "refuses"):
-                for marker in item.iter_markers(name):
-                    area, what = marker.args
-                    self.cells[area, what, name == "supports"].add(file)
+        self.items = session.items
 
 
 def collected() -> dict[Cell, set[str]]:
-    """Each cell of the matrix with the files of its tests."""
-    markers = _Markers()
+    """The cells of all tests there are."""
+    finder = _Collected()
     options = ["--collect-only", "-q", "-p", "no:xdist"]
     with contextlib.redirect_stdout(io.StringIO()):
-        code = pytest.main([*options, str(REPOSITORY / "tests")], plugins=[markers])
+        code = pytest.main([*options, str(REPOSITORY / "tests")], plugins=[finder])
     if code != pytest.ExitCode.OK:
         raise RuntimeError(f"pytest --collect-only ended with {code!r}")
-    return markers.cells
+    return cells(finder.items)
 
 
-def page(cells: dict[Cell, set[str]]) -> str:
+def page(found: dict[Cell, set[str]]) -> str:
     """The page in Markdown."""
     lines = [_HEAD]
-    for area in sorted({area for area, _, _ in cells}):
+    for area in sorted({area for area, _, _ in found}):
         lines += [f"## {area}", "", "| | | tests |", "|---|---|---|"]
         rows: Iterable[Any] = sorted(
-            (not works, what, files) for (of, what, works), files in cells.items() if of == area
+            (not works, what, files) for (of, what, works), files in found.items() if of == area
         )
         for refused, what, files in rows:
             links = ", ".join(f"[{Path(f).stem}](../{f})" for f in sorted(files))

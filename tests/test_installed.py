@@ -15,7 +15,6 @@ from tests.environment import Environment
 
 PROJECTS = Path(__file__).with_name("projects")
 Installed = Callable[[str], Environment]
-KINDS = ["editable", "wheel", "sdist"]
 
 CALLBACK = """
 import torch, ngplugin, lightning as L
@@ -59,21 +58,23 @@ def test_smoke_callback(installed: Installed, tmp_path: Path) -> None:
 
 @pytest.mark.supports("Installation", "A wheel from the sdist: LightningCLI")
 @pytest.mark.supports("Namespaces", "LightningCLI of lightning and of pytorch_lightning")
-@pytest.mark.parametrize("name", ["lightning.pytorch", "pytorch_lightning"])
-def test_smoke_cli(installed: Installed, name: str, tmp_path: Path) -> None:
+def test_smoke_cli(installed: Installed, tmp_path: Path) -> None:
+    """Of pytorch_lightning; that of lightning is in test_lightning_cli."""
     arguments = ["--trainer.max_steps=4", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     arguments += ["--trainer.callbacks+=ngplugin.NaturalGradient"]
     arguments += ["--trainer.callbacks.kl_radius=0.1"]
-    said = installed("sdist").run(tmp_path, PROJECTS / "cli.py", name, "fit", *arguments)
+    said = installed("sdist").run(
+        tmp_path, PROJECTS / "cli.py", "pytorch_lightning", "fit", *arguments
+    )
     assert last_line(said) == "WrappedNaturalGradient 0.1"
 
 
 # -- lightning-hydra-template ----------------------------------------------------------------------
 
 
-@pytest.mark.supports("Installation", "Editable, wheel, sdist: a Hydra override")
+@pytest.mark.supports("Installation", "Editable, sdist: a Hydra override")
 @pytest.mark.supports("Hydra", "lightning-hydra-template: python src/train.py +natgrad=default")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["editable", "sdist"])  # pip makes a wheel of the second
 def test_a_template_project_trains_by_one_override(
     installed: Installed, kind: str, project: Path
 ) -> None:
@@ -122,22 +123,6 @@ def test_an_unmodified_script(installed: Installed, tmp_path: Path) -> None:
     assert told["optimizer"] == "WrappedNaturalGradient"
     assert told["loss"] < 0.4
     assert "this fit is by natural gradient" in told["said"]
-
-
-def test_an_unmodified_script_that_did_not_ask(installed: Installed, tmp_path: Path) -> None:
-    told = points(installed("sdist"), tmp_path, "lightning.pytorch", NGPLUGIN_OPTIONS="nonsense")
-    assert "AutomaticNaturalGradient" not in told["callbacks"]
-    assert told["optimizer"] == "AdamW"
-    assert told["loss"] > 0.6
-
-
-@pytest.mark.refuses("NGPLUGIN_AUTO=1", "A wrong option, when the trainer is made")
-def test_an_unmodified_script_with_a_wrong_option(installed: Installed, tmp_path: Path) -> None:
-    said = installed("sdist").run(
-        tmp_path, PROJECTS / "points.py", "lightning.pytorch", refused=True,
-        NGPLUGIN_AUTO="1", NGPLUGIN_OPTIONS="kl_raduis=0.2",
-    )  # fmt: skip
-    assert "did you mean 'kl_radius'?" in last_line(said)
 
 
 @pytest.mark.supports("NGPLUGIN_AUTO=1", "An unmodified script with pytorch_lightning")
