@@ -41,10 +41,12 @@ class History:
     """What was reported, thinned out: a run of any length takes a few megabytes.
 
     Attributes:
+        last: the number of the last step; -1 before the first.
         spectra: of all blocks, with the steps on which they were computed.
     """
 
     def __init__(self) -> None:
+        self.last = -1
         # Apart, since few steps are measured, at places that are no multiples of anything.
         self._measured: Thinned[StepReport] = Thinned(_MOST_STEPS)
         self._others: Thinned[StepReport] = Thinned(_MOST_STEPS)
@@ -52,11 +54,17 @@ class History:
 
     def add(self, report: StepReport) -> None:
         """Take in one step."""
+        self.last = report.step
         (self._others if report.kl is None else self._measured).add(report)
-        if report.spectra:
-            if not self.spectra.kept:
-                self.spectra.most = max(16, 2 * (_MOST_SPECTRA // len(report.spectra) // 2))
-            self.spectra.add((report.step, report.spectra))
+        self.add_spectra(report.step, report.spectra)
+
+    def add_spectra(self, step: int, spectra: Sequence[BlockSpectrum]) -> None:
+        """Take in the spectra of a step; none if there are none."""
+        if not spectra:
+            return
+        if not self.spectra.kept:
+            self.spectra.most = max(16, 2 * (_MOST_SPECTRA // len(spectra) // 2))
+        self.spectra.add((step, spectra))
 
     @property
     def reports(self) -> list[StepReport]:

@@ -299,8 +299,13 @@ class NaturalGradientStep:
         self.pace = asked if work is None else asked.within(work, options.overhead / _SHARES)
 
     def _condition_due(self) -> bool:
-        """Every so often, on a step that has least else to do: the one before statistics."""
-        late = self.steps - self._condition_step - self.options.spectrum_every
+        """Every so often, on a step that has least else to do: the one before statistics.
+
+        The first ones are of few batches, so that the second ones come sooner.
+        """
+        every = self.options.spectrum_every
+        every = every if self._condition_step > 0 else every // 10
+        late = self.steps - self._condition_step - every
         quiet = (self.steps + 1) % self.pace.statistics_every == 0
         return self._condition_step < 0 or (late >= 0 and quiet)
 

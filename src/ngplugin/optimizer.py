@@ -17,6 +17,7 @@ from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind, LossScaler
 from ngplugin.curvature.pace import Pace
 from ngplugin.curvature.products import Products
+from ngplugin.curvature.spectrum import BlockSpectrum
 from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
 from ngplugin.layer_balance import LayerBalance
@@ -136,6 +137,7 @@ class NaturalGradientOptimizer(Optimizer):
             `"running"`: what a nat is worth by the batches, averaged over observed steps with
             `decay`, for small batches whose error varies. It only decides how large a nat is.
         spectrum_every: steps between condition numbers; each costs the eigenvalues of every factor.
+            After those of the first step it is a tenth of it.
         seed: of the private random generator that draws scores.
 
     Raises:
@@ -331,6 +333,13 @@ class NaturalGradientOptimizer(Optimizer):
         return lr / peak if peak > 0 else 0.0
 
     # -- looking at it -------------------------------------------------------------------------
+
+    def spectra(self) -> list[BlockSpectrum]:
+        """The eigenvalues of every block as of its last inversion; none before the first step.
+
+        Computes those of every factor, of several processes each of some: all of them have to ask.
+        """
+        return self._engine.fisher.spectra(self.parameter_names)
 
     def coverage(self, names: dict[int, str] | None = None) -> Coverage:
         """Which block every parameter has; complete after the first step.

@@ -14,6 +14,7 @@ from ngplugin.reporting.pictures import PICTURES
 from ngplugin.reporting.run_page import run_page
 from ngplugin.reporting.run_record import read_run
 from ngplugin.tracking.coverage import FILE, log_coverage, read_coverage
+from ngplugin.tracking.spectra import read_spectra
 from tests.tracking.conftest import Fit, history, records
 
 
@@ -56,6 +57,14 @@ def test_pictures_and_their_data_are_there_at_the_end(fit: Fit) -> None:
     assert {row[1] for row in rows} == {"net.0.weight", "net.1.weight", "net.2.weight"}
     points = logged["natgrad/kl_agreement_table"]
     assert points["nrows"] == sum(r.kl is not None for r in fit.callback._logs[0].history.reports)
+
+
+def test_spectra_are_there_of_the_first_step_soon_after_and_of_the_last(fit: Fit) -> None:
+    steps = [step for step, _ in fit.callback._logs[0].history.spectra.kept]
+    assert steps[0] == 0
+    assert 0 < steps[1] < 6
+    assert steps[-1] == 11
+    assert [step for step, _, _ in read_spectra(fit.csv / "natgrad-spectra.jsonl")] == steps
 
 
 def test_wandb_has_the_summary_the_diagnosis_and_the_options(fit: Fit) -> None:

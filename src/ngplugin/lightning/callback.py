@@ -96,7 +96,7 @@ class NaturalGradient(Callback):
         burn_in: first steps that only gather statistics.
         noise_variance: of squared-error losses: `"auto"`, the batch's mean squared error,
             `"running"`, averaged over steps, or a number.
-        spectrum_every: steps between condition numbers.
+        spectrum_every: steps between condition numbers; a tenth of it after the first.
         seed: of the private random generator that draws scores.
 
     `NaturalGradientOptimizer` says more of each option.
@@ -339,7 +339,7 @@ class NaturalGradient(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what the numbers say."""
         for i, log in enumerate(self._logs[: len(self._ng_optimizers)]):
-            log.end()
+            log.end(self._ng_optimizers[i].spectra)
             if self.show_summary and trainer.is_global_zero:
                 terminal.show_summary(self.summary(i), self.diagnosis(i), self._place(i))
 

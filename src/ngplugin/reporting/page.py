@@ -107,7 +107,9 @@ class Page:
                     }
                 )
         text = resources.files(__package__).joinpath("run.html").read_text(encoding="utf-8")
-        page = Environment(autoescape=True, trim_blocks=True).from_string(text)
+        environment = Environment(autoescape=True, trim_blocks=True)
+        environment.filters["sentence"] = lambda text: f"{text[:1].upper()}{text[1:]}."
+        page = environment.from_string(text)
         path = folder / "report.html"
         path.write_text(page.render({**vars(self), "pictures": shown}), encoding="utf-8")
         return path

@@ -295,7 +295,8 @@ def _thinned(series: Series) -> tuple[Sequence[int], Sequence[float]]:
 
 
 def _line(axes: Axes, series: Series, **style: Any) -> None:
-    axes.plot(*_thinned(series), **{"linewidth": 1.2, **style})
+    alone = {"marker": "o", "markersize": 4} if len(series.values) == 1 else {}
+    axes.plot(*_thinned(series), **{"linewidth": 1.2, **alone, **style})
 
 
 def _points(axes: Axes, series: Series, **style: Any) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ngplugin.curvature.spectrum import BlockSpectrum
 from ngplugin.diagnosis import Finding, diagnose
 from ngplugin.history import History
 from ngplugin.report import Coverage, StepReport
@@ -70,8 +71,20 @@ class FitLog:
         """Once blocks are known."""
         log_coverage(self._showing, coverage, self._last, self._optimizer)
 
-    def end(self) -> None:
-        """After the last."""
+    def end(self, spectra: Callable[[], Sequence[BlockSpectrum]]) -> None:
+        """After the last.
+
+        Args:
+            spectra: computes those of now, for the right edge of the pictures; asked for in all
+                processes or in none.
+        """
+        if not self.steps:
+            return
+        kept = self.history.spectra.kept
+        if not kept or kept[-1][0] < self.history.last:
+            found = spectra()
+            self.history.add_spectra(self.history.last, found)
+            log_spectra(self._showing, found, self._last, self._optimizer)
         log_end(
             self._showing, self.history, self.summary.numbers(), self.diagnosis(), self._last,
             self._optimizer,
