@@ -42,7 +42,8 @@ def on_files(files: Files, config: Any) -> Files:
     for page in [*files.documentation_pages()]:
         for path in _linked(page):
             at = _place(path)
-            if path.suffix == ".png" and at and files.get_file_from_path(at) is None:
+            shown = path.suffix == ".png" and path.exists()
+            if shown and at and files.get_file_from_path(at) is None:
                 files.append(File.generated(config, at, abs_src_path=str(path)))
     return files
 
