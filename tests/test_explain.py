@@ -61,6 +61,7 @@ def test_paths_of_natural_gradient_do_not_depend_on_the_writing(descents: paths.
     best = plane.loss(data.mean().item(), data.std(unbiased=False).item(), data)
     for path in descents.natural:
         assert plane.loss(*path[-1], data) == pytest.approx(best, abs=0.01)
+    assert paths.caption(descents) in script.PAGE.read_text(), "run `python -m experiments.explain`"
 
 
 def test_the_line_has_the_natural_gradient_of_the_package() -> None:
@@ -103,7 +104,7 @@ def test_the_script_writes_pictures_and_captions(
 ) -> None:
     page = tmp_path / "page.md"
     shutil.copy(script.PAGE, page)
-    names = ["gaussians", "balls", "labels"]  # those of the seconds' others are stored
+    names = ["gaussians", "balls", "labels"]  # the others take seconds
     assert script.main([*names, "--page", str(page), "--results", str(tmp_path)]) == 0
     for name in names:
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
