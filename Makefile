@@ -1,4 +1,4 @@
-# make train | test | matrix | lint | check | support | grid | race | cost | trials | clean.
+# make train | test | matrix | lint | check | docs | support | grid | race | cost | trials | clean.
 # A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test matrix lint check support grid race cost trials clean
+.PHONY: train test matrix lint check docs support grid race cost trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -30,6 +30,10 @@ lint: $(INSTALLED)
 
 check:
 	.ci/run
+
+# The site, in build/site: open its index.html. Material only announces its successor otherwise.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # docs/support.md, from the markers of the tests.
 support: $(INSTALLED)

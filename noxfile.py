@@ -22,10 +22,13 @@ TOOLS = (
 OTHERS = (
     "conf",
     "command_line",
+    "explain",
     "grid",
+    "notebook",
     "other_tasks",
     "race",
     "scaling",
+    "site",
     "support",
     "tasks",
     "train",

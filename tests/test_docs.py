@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,21 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted([*DOCS.rglob("*.md"), *DOCS.rglob("*.ipynb")]),
+]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def text(page: Path) -> str:
+    """Markdown; of a notebook that of its cells, whose code `test_notebook.py` runs."""
+    if page.suffix == ".md":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
 
 
 def context() -> dict[str, Any]:
@@ -28,7 +41,7 @@ def context() -> dict[str, Any]:
 
 
 def with_code() -> list[Path]:
-    return [page for page in PAGES if BLOCK.search(page.read_text())]
+    return [page for page in PAGES if BLOCK.search(text(page))]
 
 
 @pytest.mark.parametrize("page", with_code(), ids=lambda page: page.name)
@@ -36,13 +49,13 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """From top to bottom, as it is read."""
     monkeypatch.chdir(tmp_path)
     names = context()
-    for block in BLOCK.findall(page.read_text()):
+    for block in BLOCK.findall(text(page)):
         exec(compile(block, page.name, "exec"), names)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
-    for link in LINK.findall(page.read_text()):
+    for link in LINK.findall(text(page)):
         if link.startswith(("http://", "https://")):
             continue
         path, _, anchor = link.partition("#")
@@ -53,7 +66,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def _anchors(page: Path) -> set[str]:
-    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
@@ -61,9 +74,20 @@ def test_every_page_is_linked_from_another() -> None:
     linked = {
         (page.parent / link.partition("#")[0]).resolve()
         for page in PAGES
-        for link in LINK.findall(page.read_text())
+        for link in LINK.findall(text(page))
     }
     assert {page for page in PAGES if page.name not in ("README.md", "index.md")} <= linked
+
+
+def test_the_files_that_a_step_goes_through_are_there() -> None:
+    """With what is in brackets behind them."""
+    step = text(DOCS / "inside.md")
+    named = re.findall(r"`([\w/]+(?:\.py|/))`(?:\s+\(`(\w+)`\))?", step)
+    assert len(named) > 30
+    for path, function in named:
+        file = ROOT / "src/ngplugin" / path
+        assert file.exists(), path
+        assert not function or f"def {function}(" in file.read_text(), f"{path}: {function}"
 
 
 def test_the_first_screen_of_the_readme_has_the_line_and_the_commands() -> None:

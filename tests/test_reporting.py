@@ -5,8 +5,6 @@ from __future__ import annotations
 import html.parser
 import json
 import math
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,7 @@ from ngplugin.reporting.comparison import (
 from ngplugin.reporting.pictures import PICTURES
 from ngplugin.reporting.run_page import run_page
 from ngplugin.reporting.run_record import RunNotFoundError, read_run
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+from tests.browser import needs_chromium, opened
 
 
 class Classifier(L.LightningModule):
@@ -177,19 +172,12 @@ def test_what_is_in_names_is_no_markup(
     assert "&lt;b&gt;bold" in text
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt install chromium")
+@needs_chromium
 def test_a_browser_shows_the_page_without_complaint(
     trained: tuple[Path, NaturalGradient], tmp_path: Path
 ) -> None:
-    assert CHROMIUM is not None
     path = run_page(read_run(trained[0])).write(tmp_path)
-    done = subprocess.run(
-        [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
-         "--v=0", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
-    assert done.stdout.count("<svg") == len(PICTURES)
-    assert "CONSOLE" not in done.stderr
+    assert opened(path.as_uri(), tmp_path).count("<svg") == len(PICTURES)
 
 
 # -- several runs --------------------------------------------------------------------------------

@@ -296,7 +296,7 @@ def test_a_fit_goes_on_after_it_has_loaded_its_own_checkpoint(tmp_path: Path) ->
     assert run.losses[16] == pytest.approx(run.losses[8], rel=1e-4)
 
 
-@point(9, "code that edits param_groups[...]['lr'], and a monitor of rates")
+@point(9, "code that edits lr in param_groups, and a monitor of rates")
 def test_a_module_may_set_its_own_learning_rate(tmp_path: Path) -> None:
     class Warming(WithLoss):
         def __init__(self) -> None:

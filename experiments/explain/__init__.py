@@ -1,0 +1,1 @@
+"""The pictures of `docs/natural-gradient.md`: computed, not sketched."""
