@@ -15,8 +15,9 @@ nox.options.reuse_existing_virtualenvs = True
 
 #: What tests/ needs besides the package, without what train.py and experiments/ do.
 TOOLS = (
-    "build", "hatchling", "hydra-core", "hypothesis", "jsonargparse[signatures]", "mpmath",
-    "networkx", "pytest", "pytest-xdist", "requests", "rich", "scikit-learn", "wandb",
+    "build", "hatchling", "hydra-core", "hypothesis", "jsonargparse[signatures]", "matplotlib",
+    "mpmath", "networkx", "pytest", "pytest-xdist", "requests", "rich", "scikit-learn",
+    "tensorboard", "wandb",
 )  # fmt: skip
 #: They are of train.py and experiments/, whose versions requirements.txt says.
 OTHERS = (
