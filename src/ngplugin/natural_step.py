@@ -66,7 +66,8 @@ class NaturalGradientStep:
     def __init__(self, options: Options) -> None:
         self.options = options
         exact = None
-        if options.structure in ("auto", "exact"):
+        # An exact block has the true F, from Jacobians and not from scores at labels.
+        if options.structure in ("auto", "exact") and options.fisher != "empirical":
             exact = ExactRows(forced=options.structure == "exact")
         self.fisher = Fisher(options.block_rule(), exact)
         self.steps = 0

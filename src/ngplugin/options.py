@@ -104,6 +104,11 @@ class Options:
                 f"step_size='quadratic' with structure={self.structure!r}: 'matrix-free' minimises "
                 "the same quadratic model already, and 'identity' has none; use structure='auto'"
             )
+        if self.fisher == "empirical" and self.structure in ("exact", "matrix-free"):
+            raise OptionError(
+                f"fisher='empirical' with structure={self.structure!r}, which takes F from the "
+                "model's Jacobian and never sees the data's labels; use structure='auto'"
+            )
 
     def block_rule(self) -> BlockRule:
         """How blocks are to be chosen; `"identity"` and `"matrix-free"` have some beside them."""

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ngplugin import NaturalGradientOptimizer
+from ngplugin import NaturalGradientOptimizer, OptionError
 from ngplugin.curvature.likelihoods import read_loss_call
 from tests.oracle import assert_mean_is, dense_average, double, generator, observe, randn
 
@@ -137,3 +137,24 @@ def test_an_empirical_fisher_is_called_so_in_the_coverage():
     blocks = [row.block for row in optimizer.coverage().rows]
     assert len(blocks) == 4
     assert all(block.startswith("empirical ") for block in blocks)
+
+
+@pytest.mark.parametrize("structure", ["exact", "matrix-free"])
+def test_an_empirical_fisher_is_not_made_of_jacobians(structure):
+    parameter = [nn.Parameter(torch.zeros(1))]
+    with pytest.raises(OptionError, match="never sees the data's labels; use structure='auto'"):
+        NaturalGradientOptimizer(parameter, fisher="empirical", structure=structure)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "propagated"])
+def test_a_small_model_has_an_exact_block_unless_it_is_to_be_empirical(fisher):
+    model, x = nn.Linear(2, 1).double(), randn(256, 2, seed=3)
+    optimizer = NaturalGradientOptimizer(model.parameters(), fisher=fisher)
+    for _ in range(2):
+        with optimizer.observe():
+            loss = F.mse_loss(model(x), x.sum(1, keepdim=True))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    exact = ["exact" in row.block for row in optimizer.coverage().rows]
+    assert exact == [fisher == "propagated"] * 2
