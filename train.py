@@ -49,7 +49,9 @@ def _metric(name: str, results: Mapping[str, Any]) -> float | None:
         numbers = (n for n, value in results.items() if isinstance(value, (int, float)))
         raise CommandLineError(f"metric={name}: expected one of {', '.join(sorted(numbers))}")
     value = results[name]
-    return float(value) if value is not None and math.isfinite(value) else None
+    if value is None or not math.isfinite(value):
+        return None
+    return float(results.get("stopped/counts_as", value))
 
 
 def main() -> None:

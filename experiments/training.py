@@ -28,6 +28,7 @@ from torch import nn
 import ngplugin
 from experiments.command_line import CommandLineError, made_from
 from experiments.finished import CONFIG, RESULTS
+from experiments.median_stopping import MedianStopping
 from experiments.summary import write_results
 from experiments.tasks.splits import SplitData
 from experiments.tasks.task import Task
@@ -61,6 +62,8 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         results = _fit_and_test(trainer, module, data)
     results |= {f"data/{name}": value for name, value in data.facts.items()}
     for callback in callbacks:
+        if isinstance(callback, MedianStopping):
+            results |= callback.facts
         if isinstance(callback, ngplugin.NaturalGradient):
             results |= {f"natgrad/{name}": value for name, value in callback.summary().items()}
     write_results(folder / RESULTS, results)

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from ngplugin.reporting.page import Best, Page, Shown, Table
 from ngplugin.reporting.run_record import RunNotFoundError, RunRecord, read_run
 
+STOPPED = "stopped/step"  # in the results of a run that was ended early, for being worse
 _MOST_CURVES = 8  # settings in a picture; more lines hide each other
 _MORE_IS_BETTER = ("accuracy", "psnr", "r2", "auroc", "f1", "precision", "recall", "bleu")
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
@@ -37,6 +38,11 @@ class Group:
     label: str
     runs: Sequence[RunRecord]
     setting: str = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a run was ended early; where it got to does not compare with an end."""
+        return any(STOPPED in run.results for run in self.runs)
 
     def values(self, metric: str) -> list[float]:
         """A metric's last value of each run that has it."""
@@ -172,6 +178,8 @@ def leaderboard(
 ) -> list[tuple[Group, float, float]]:
     """Groups with mean and spread of a metric, the best first; those without it are left out.
 
+    Groups with runs that were stopped come after all others.
+
     Args:
         groups: of runs.
         metric: that decides.
@@ -179,7 +187,8 @@ def leaderboard(
     """
     found = [(g, statistics.fmean(v), _spread(v)) for g in groups if (v := g.values(metric))]
     reverse = higher_is_better(metric) if higher is None else higher
-    return sorted(found, key=lambda entry: entry[1], reverse=reverse)
+    found.sort(key=lambda entry: entry[1], reverse=reverse)
+    return sorted(found, key=lambda entry: entry[0].stopped)
 
 
 def write_leaderboard(path: Path, groups: Sequence[Group], metrics: Iterable[str]) -> None:
@@ -222,7 +231,8 @@ def _leaderboard(
     }
     rows = []
     for group in groups:
-        cells: list[str] = [group.label, str(len(group.runs))]
+        label = f"{group.label} (stopped early)" if group.stopped else group.label
+        cells: list[str] = [label, str(len(group.runs))]
         for name in metrics:
             values = group.values(name)
             text = f"{statistics.fmean(values):.4g}" if values else "–"
