@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,7 +30,7 @@ def finished_results(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if not (folder / CONFIG).exists():
         return None
     if not (folder / RESULTS).exists():
-        for path in folder.iterdir():
+        for path in folder.iterdir() if _first_process() else ():
             if path.name not in _HYDRAS_OWN:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return None
@@ -42,6 +43,11 @@ def finished_results(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
                 f"{now.get(key)}; choose another hydra.sweep.dir, or delete that folder"
             )
     return dict(json.loads((folder / RESULTS).read_text()))
+
+
+def _first_process() -> bool:
+    """Of a run; Lightning starts the others from within it, a Slurm cluster beside it."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _flat(node: Any) -> dict[str, Any]:

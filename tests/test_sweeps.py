@@ -20,7 +20,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import command_line
+from experiments import command_line, training
 from experiments.command_line import CommandLineError, check
 from experiments.finished import finished_results
 from experiments.median_stopping import MedianStopping
@@ -92,26 +92,26 @@ def test_a_search_finds_the_best_and_goes_on_in_its_folder(
 ) -> None:
     sweep = tmp_path / "search"
     arguments = [*SEARCH, "hydra.sweep.dir=search"]
-    printed = program(*arguments, "hydra.sweeper.n_trials=3")
+    printed = program(*arguments, "hydra.sweeper.n_trials=2")
     assert not [w for w in recwarn if issubclass(w.category, FutureWarning)]
     losses = {name: values["val/loss"] for name, values in results(sweep).items()}
     found = OmegaConf.load(sweep / "optimization_results.yaml")
     assert found.best_value == min(losses.values()) < max(losses.values())
     board = json.loads((sweep / "leaderboard.json").read_text())
-    assert "3 settings, 3 runs" in printed
+    assert "2 settings, 2 runs" in printed
     assert f"optimizer.kl_radius={found.best_params['optimizer.kl_radius']}" in str(board)
     assert "kl_radius=0.0626, damping=0.269" in printed
     before = proposed(sweep)
     written = {path: path.stat().st_mtime_ns for path in sweep.glob("*/results.json")}
 
     # In memory only, and yet: a sampler with a seed, told the same, proposes the same again.
-    printed = program(*arguments, "hydra.sweeper.n_trials=4")
-    assert printed.count("Finished before, not run again") == 3
+    printed = program(*arguments, "hydra.sweeper.n_trials=3")
+    assert printed.count("Finished before, not run again") == 2
     assert {path: path.stat().st_mtime_ns for path in written} == written
     after = proposed(sweep)
     assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"3-natgrad-seed0"}
-    assert len(results(sweep)) == 4
+    assert set(after) - set(before) == {"2-natgrad-seed0"}
+    assert len(results(sweep)) == 3
 
 
 def test_a_study_in_a_storage_counts_the_runs_it_has(program: Program, tmp_path: Path) -> None:
@@ -338,6 +338,30 @@ def test_a_sweep_that_fails_shows_what_it_has_and_how_to_go_on(program: Program)
     assert program(*arguments, again, status=2).count("Finished before") == 2
 
 
+@pytest.mark.parametrize("search", [False, True])
+def test_a_run_that_fails_does_not_keep_the_others_from_being_run(
+    search: bool, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit, calls = training._fit_and_test, []
+
+    def failing(*arguments: Any) -> dict[str, Any]:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise MemoryError("all of it")
+        return fit(*arguments)
+
+    monkeypatch.setattr(training, "_fit_and_test", failing)
+    if search:
+        program(*SEARCH, "hydra.sweep.dir=sweep", "hydra.sweeper.n_trials=2")
+        found = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
+        (run,) = results(tmp_path / "sweep").values()
+        assert found.best_value == run["val/loss"]
+    else:
+        with pytest.raises(MemoryError, match="all of it"):
+            program("optimizer=sgd", "seed=0,1,2", *TINY, "hydra.sweep.dir=sweep")
+        assert set(results(tmp_path / "sweep")) == {"1-sgd-seed1", "2-sgd-seed2"}
+
+
 def test_after_ctrl_c_the_way_on_is_said_too(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +390,21 @@ def test_a_finished_run_is_known_by_its_config(compose_config: Compose, tmp_path
     expected = "optimizer.lr=0.1234567890123456, not 0.2; choose another hydra.sweep.dir"
     with pytest.raises(CommandLineError, match=re.escape(expected)):
         finished_results(cfg, tmp_path)
+
+
+def test_only_the_first_process_of_a_run_clears_its_folder(
+    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = compose_config(*TINY)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / ".hydra").mkdir()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert finished_results(cfg, tmp_path) is None
+    assert (tmp_path / "checkpoints").exists()
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert finished_results(cfg, tmp_path) is None
+    assert [path.name for path in tmp_path.iterdir()] == [".hydra"]
 
 
 def test_results_are_there_whole_or_not_at_all(
