@@ -29,20 +29,28 @@ class MedianStopping(Callback):
     Args:
         metric: that is logged at validations, such as val/loss.
         folder: of the sweep.
+        warmup: validations of a run before it is compared; what starts slowly may end well.
         least_runs: finished runs that there have to be; stopped ones do not count.
         higher: whether more of it is better; None for what its name says.
     """
 
     def __init__(
-        self, metric: str, folder: str, least_runs: int = 5, higher: bool | None = None
+        self,
+        metric: str,
+        folder: str,
+        warmup: int = 5,
+        least_runs: int = 5,
+        higher: bool | None = None,
     ) -> None:
         self.metric = metric
         self.folder = Path(folder)
+        self.warmup = warmup
         self.least_runs = least_runs
         self.better = max if (higher_is_better(metric) if higher is None else higher) else min
         self.facts: dict[str, float] = {}
         self._others: list[RunRecord] = []
         self._best: float | None = None
+        self._validations = 0
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the finished runs."""
@@ -65,6 +73,9 @@ class MedianStopping(Callback):
             )
         value = float(trainer.callback_metrics[self.metric])
         self._best = value if self._best is None else self.better(self._best, value)
+        self._validations += 1
+        if self._validations <= self.warmup:
+            return
         step = trainer.global_step
         others = [b for run in self._others if (b := self._best_until(run, step)) is not None]
         if len(others) < self.least_runs:

@@ -516,6 +516,7 @@ VALIDATED = [option for option in TINY if option not in ("callbacks=none", "logg
     "trainer.max_epochs=4",
     "callbacks=median_stopping",
     "callbacks.median_stopping.least_runs=2",
+    "callbacks.median_stopping.warmup=1",
     "logger=csv",
     "optimizer=adamw",
     "metric=val/loss",
@@ -526,9 +527,9 @@ def test_runs_worse_than_the_median_are_stopped(program: Program, tmp_path: Path
     rates = "0.03,0.02,1e-6,0.05"
     program(*VALIDATED, f"optimizer.lr={rates}", "hydra.sweep.dir=rates")
     runs = results(tmp_path / "rates")
-    assert [values["steps"] for _, values in sorted(runs.items())] == [12, 12, 3, 12]
+    assert [values["steps"] for _, values in sorted(runs.items())] == [12, 12, 6, 12]
     stopped = runs["2-adamw-seed0"]
-    assert stopped["stopped/step"] == 3
+    assert stopped["stopped/step"] == 6
     assert stopped["stopped/counts_as"] == stopped["val/loss"]  # worse than the others' ends
     assert _metric("val/loss", stopped) == stopped["val/loss"]
     better = stopped | {"stopped/counts_as": 9.0}
@@ -548,7 +549,7 @@ def test_a_stopped_run_counts_no_better_than_the_others_ended(tmp_path: Path) ->
         curve = "step,val/loss\n2,0.3\n5,0.9\n"
         (tmp_path / str(i) / "metrics.csv").write_text(curve)
         write_results(tmp_path / str(i) / "results.json", {"val/loss": 0.9})
-    callback = MedianStopping("val/loss", str(tmp_path), least_runs=2)
+    callback = MedianStopping("val/loss", str(tmp_path), warmup=0, least_runs=2)
     trainer = SimpleNamespace(
         callback_metrics={"val/loss": 0.25}, global_step=3, sanity_checking=False, should_stop=False
     )
@@ -559,7 +560,7 @@ def test_a_stopped_run_counts_no_better_than_the_others_ended(tmp_path: Path) ->
     trainer.callback_metrics["val/loss"] = 0.4  # but its best is 0.25
     callback.on_validation_end(trainer, module)
     assert not trainer.should_stop
-    callback = MedianStopping("val/loss", str(tmp_path), least_runs=2)
+    callback = MedianStopping("val/loss", str(tmp_path), warmup=0, least_runs=2)
     callback.on_fit_start(trainer, module)
     callback.on_validation_end(trainer, module)
     assert trainer.should_stop

@@ -279,7 +279,8 @@ def _curves(groups: Sequence[Group], name: str, by_time: bool) -> Figure | None:
         axes.set_yscale("log")
     axes.set(xlabel="seconds of training" if by_time else "step", ylabel=name)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8)
+    small = 6 if len(groups) > 4 else 8  # for long labels not to hide the curves
+    axes.legend(fontsize=small)
     return figure
 
 
