@@ -205,6 +205,7 @@ def test_the_grid_is_for_those_without_optuna(program: Program, tmp_path: Path) 
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, program: Program) -> None:
+    Plugins.instance()  # which registers what is installed
     plugins = ConfigStore.instance().repo["hydra"]
     for group, name, package in (
         ("sweeper", "optuna", "pip install optuna; pip install --no-deps hydra-optuna-sweeper"),
