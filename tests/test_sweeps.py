@@ -291,7 +291,9 @@ def test_the_slurm_script_asks_for_what_the_config_says(
 # -- sweeps that ended early ---------------------------------------------------------------------
 
 
-def test_a_killed_sweep_goes_on(program: Program, tmp_path: Path) -> None:
+def test_a_killed_sweep_goes_on(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sweep = tmp_path / "killed"
     arguments = ["optimizer=sgd", "seed=0,1,2", *TINY, "logger=csv", "hydra.sweep.dir=killed"]
     process = subprocess.Popen(
@@ -319,6 +321,7 @@ def test_a_killed_sweep_goes_on(program: Program, tmp_path: Path) -> None:
     assert not (sweep / "1-sgd-seed1" / "left.ckpt").exists()
     assert "1 settings, 3 runs" in printed
 
+    monkeypatch.setattr(command_line, "_TRACEBACKS", True)  # of which a callback makes a warning
     printed = program(*arguments, "model.hidden=[9]", status=2)
     assert "the sweep in it was begun with overrides optimizer=sgd" in printed
     assert "model.hidden=[9]" in printed
