@@ -51,10 +51,9 @@ def leaderboard_of_what_there_is(arguments: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        config = Leaderboard.begun
-        if config is None:
+        config, Leaderboard.begun = Leaderboard.begun, None
+        if config is None or not _has_runs(Path(config.hydra.sweep.dir)):
             raise
-        Leaderboard.begun = None
         _show(config)
         same = [a for a in arguments if not a.startswith("hydra.sweep.dir=")]
         command = ["python", "train.py", *same, f"hydra.sweep.dir={config.hydra.sweep.dir}"]
@@ -72,7 +71,7 @@ def _begin(config: DictConfig) -> None:
     """
     folder = Path(config.hydra.sweep.dir)
     path = folder / _BEGUN_WITH
-    if path.exists():
+    if path.exists() and _has_runs(folder):
         before = _made_of(OmegaConf.load(path))
         now = _made_of(OmegaConf.create(OmegaConf.to_yaml(config)))  # as it would be read back
         different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
@@ -85,6 +84,10 @@ def _begin(config: DictConfig) -> None:
             )
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, path)
+
+
+def _has_runs(folder: Path) -> bool:
+    return any(folder.glob("*/.hydra"))
 
 
 def _made_of(config: Any) -> dict[str, Any]:

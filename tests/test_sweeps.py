@@ -55,6 +55,8 @@ def program(
     """`train.py -m` in this process, in an empty folder; returns what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
+    # For other processes, which start in that folder.
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}")
 
     def run(*arguments: str, status: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
@@ -179,7 +181,11 @@ def test_the_sweepers_own_default_is_no_way_around_it(
     printed = program("hydra/sweeper=optuna", "optimizer.lr=interval(0.1,1)", *TINY, status=2)
     expected = "train.py: error: hydra.sweeper.direction=minimize: of metric=val/accuracy one wants"
     assert expected in printed
-    assert not list(tmp_path.rglob("results.json"))
+    assert "To go on" not in printed  # nothing was begun, and the folder is free for another
+    arguments = ("optimizer.lr=0.5", "optimizer=sgd", *TINY)
+    (folder,) = tmp_path.glob("multirun/*/*")
+    program(*arguments, f"hydra.sweep.dir={folder}")
+    assert set(results(folder)) == {"0-sgd-seed0"}
 
 
 def test_every_experiment_can_be_searched(compose_config: Compose) -> None:
@@ -243,11 +249,7 @@ def composed(*overrides: str) -> DictConfig:
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_runs_in_other_processes(
-    launcher: str, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    paths = f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}"  # from another folder than this
-    monkeypatch.setenv("PYTHONPATH", paths)
+def test_runs_in_other_processes(launcher: str, program: Program, tmp_path: Path) -> None:
     settings = {
         "joblib": ("hydra.launcher.n_jobs=2", "optimizer=adamw,sgd"),
         "submitit_local": ("optimizer=adamw",),
@@ -369,6 +371,7 @@ def test_a_run_that_fails_does_not_keep_the_others_from_being_run(
 def test_after_ctrl_c_the_way_on_is_said_too(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "0-adamw-seed0" / ".hydra").mkdir(parents=True)
     sweep = {"sweep": {"dir": str(tmp_path)}, "sweeper": {}}
     monkeypatch.setattr(Leaderboard, "begun", OmegaConf.create({"hydra": sweep, "metric": "a"}))
     arguments = ["-m", "seed=0,1", "hydra.sweep.dir=old"]
