@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from experiments.command_line import CommandLineError, check, errors_in_one_line
+from experiments.finished import finished_results
+from experiments.sweep import leaderboard_of_what_there_is
 
 CONF = Path(__file__).parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def job(cfg: DictConfig) -> float:
-    """One run; returns `cfg.metric` for sweepers."""
-    # Here, because it takes seconds: a misspelled word is told at once.
-    from experiments.summary import show_results, write_report
-    from experiments.training import train
-
+def job(cfg: DictConfig) -> float | None:
+    """One run; returns `cfg.metric` for sweepers, None if it is not finite."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     with errors_in_one_line("train.py"):
-        results = train(cfg, folder)
-        chosen = hydra_config.runtime.choices
-        title = f"{chosen.optimizer} on {chosen.data} with {chosen.model}, seed {cfg.seed}"
-        page = write_report(title, folder) if cfg.report else None
-        show_results(title, results, folder, page)
-        numbers = {name for name, value in results.items() if isinstance(value, (int, float))}
-        if cfg.metric not in numbers:
-            choices = ", ".join(sorted(numbers))
-            raise CommandLineError(f"metric={cfg.metric}: expected one of {choices}")
-    return float(results[cfg.metric])
+        in_sweep = hydra_config.mode == RunMode.MULTIRUN
+        results = finished_results(cfg, folder) if in_sweep else None
+        if results is not None:
+            print(f"Finished before, not run again: {folder}")
+        else:
+            # Here, because it takes seconds: a misspelled word is told at once.
+            from experiments.summary import show_results, write_report
+            from experiments.training import train
+
+            results = train(cfg, folder)
+            chosen = hydra_config.runtime.choices
+            title = f"{chosen.optimizer} on {chosen.data} with {chosen.model}, seed {cfg.seed}"
+            page = write_report(title, folder) if cfg.report else None
+            show_results(title, results, folder, page)
+        return _metric(cfg.metric, results)
+
+
+def _metric(name: str, results: Mapping[str, Any]) -> float | None:
+    # A number that is not finite is null in results.json.
+    if not isinstance(results.get(name, ""), (int, float, type(None))):
+        numbers = (n for n, value in results.items() if isinstance(value, (int, float)))
+        raise CommandLineError(f"metric={name}: expected one of {', '.join(sorted(numbers))}")
+    value = results[name]
+    if value is None or not math.isfinite(value):
+        return None
+    return float(results.get("stopped/counts_as", value))
 
 
 def main() -> None:
     """Check the command line, then run one job, or with -m many."""
     with errors_in_one_line("train.py"):
         check(sys.argv[1:], CONF, "train")
-        job()
+        with leaderboard_of_what_there_is(sys.argv[1:]):
+            job()
 
 
 if __name__ == "__main__":

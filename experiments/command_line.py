@@ -26,6 +26,13 @@ from omegaconf.errors import OmegaConfBaseException
 # With other configs, or when Hydra only talks to a shell, there is nothing to check against.
 _NOT_OURS = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 _NOT_OURS += ("--shell-completion", "-sc")
+#: Of plugins that configs name: what pip is to be told.
+_PLUGINS = {
+    "hydra/sweeper/optuna": "optuna; pip install --no-deps hydra-optuna-sweeper",
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+}
 _TAKE_A_WORD = ("--info", "-i", "--cfg", "-c", "--package", "-p")
 _FULL_ERROR = "HYDRA_FULL_ERROR"
 _TRACEBACKS = os.environ.get(_FULL_ERROR) == "1"  # asked for by the user, before we set it
@@ -36,12 +43,16 @@ class CommandLineError(Exception):
 
 
 @contextlib.contextmanager
-def errors_in_one_line(program: str) -> Iterator[None]:
+def errors_in_one_line(program: str, *, always: bool = False) -> Iterator[None]:
     """End the process with one line, and status 2, if what is inside fails by the user's choice.
 
     With HYDRA_FULL_ERROR=1 the traceback is left alone. Errors of other kinds always have theirs.
+
+    Args:
+        program: its name.
+        always: with HYDRA_FULL_ERROR=1 too, for Hydra's callbacks, whose errors become warnings.
     """
-    if _TRACEBACKS:
+    if _TRACEBACKS and not always:
         yield
         return
     before = os.environ.get(_FULL_ERROR)
@@ -103,8 +114,15 @@ def check(arguments: Sequence[str], config_dir: Path, config_name: str) -> None:
             raise CommandLineError(
                 f"{override.input_line}: several values are a sweep, which needs -m"
             )
+        if override.key_or_group == "hparams_search" and not multirun:
+            raise CommandLineError(f"{override.input_line}: a search is a sweep, which needs -m")
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         _check_composed(overrides, config_name)
+
+
+def not_installed(plugin: str) -> str:
+    """How to get a plugin of Hydra that a config names."""
+    return f"{plugin}: not installed; try: pip install {_PLUGINS[plugin]}"
 
 
 def _parse(argument: str) -> Override:
@@ -235,6 +253,8 @@ def _one_line(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, OmegaConfBaseException) and error.full_key and error.msg:
         return f"{error.full_key}: {error.msg.splitlines()[0]}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file in _PLUGINS:
+        return not_installed(error.missing_cfg_file)
     if isinstance(error, MissingConfigException) and error.options:
         return f"{error.missing_cfg_file}: expected one of {', '.join(error.options)}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ from rich.table import Table
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """Write numbers as JSON, with null for those that are not finite."""
+    """Write numbers as JSON, with null for those that are not finite.
+
+    The file is there when it is complete, and not before: a run that has one has ended.
+    """
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in results.items()
     }
-    path.write_text(json.dumps(finite, indent=2) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(finite, indent=2) + "\n")
+    os.replace(partial, path)
 
 
 def write_report(title: str, folder: Path) -> Path | None:

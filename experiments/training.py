@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import logging
 import os
+import subprocess
 import sys
 import time
 import warnings
@@ -15,6 +16,8 @@ from typing import Any
 
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -24,6 +27,8 @@ from torch import nn
 
 import ngplugin
 from experiments.command_line import CommandLineError, made_from
+from experiments.finished import CONFIG, RESULTS
+from experiments.median_stopping import MedianStopping
 from experiments.summary import write_results
 from experiments.tasks.splits import SplitData
 from experiments.tasks.task import Task
@@ -44,7 +49,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """
     _leave_terminal_to_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, folder / "config.yaml", resolve=True)
+    OmegaConf.save(cfg, folder / CONFIG, resolve=True)
     with made_from("threads"):
         torch.set_num_threads(cfg.threads)
     with made_from("seed"):
@@ -57,9 +62,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         results = _fit_and_test(trainer, module, data)
     results |= {f"data/{name}": value for name, value in data.facts.items()}
     for callback in callbacks:
+        if isinstance(callback, MedianStopping):
+            results |= callback.facts
         if isinstance(callback, ngplugin.NaturalGradient):
             results |= {f"natgrad/{name}": value for name, value in callback.summary().items()}
-    write_results(folder / "results.json", results)
+    write_results(folder / RESULTS, results)
     return results
 
 
@@ -120,9 +127,27 @@ def _make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
             enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         )
+    config = {**OmegaConf.to_container(cfg, resolve=True), "run": _origin()}  # type: ignore[dict-item]
     for logger in loggers:
-        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        logger.log_hyperparams(config)
     return trainer  # type: ignore[no-any-return]
+
+
+def _origin() -> dict[str, Any]:
+    """Of a run: its folder, what was overridden on the command line, and the commit, if any."""
+    hydra = HydraConfig.get()
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    commit = None
+    with contextlib.suppress(OSError):  # no git
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+        )
+        commit = done.stdout.strip() or None  # no repository
+    return {
+        "output_dir": hydra.runtime.output_dir,
+        "overrides": list(hydra.overrides.task),
+        "commit": commit,
+    }
 
 
 def _fit_and_test(trainer: L.Trainer, module: Task, data: L.LightningDataModule) -> dict[str, Any]:
@@ -144,10 +169,11 @@ def _loggers(cfg: DictConfig) -> Iterator[list[Logger]]:
     Raises:
         CommandLineError: wandb is asked to go online and would have to ask who you are.
     """
-    nodes = dict((cfg.get("logger") or {}).items())
-    for name, node in nodes.items():
+    nodes = OmegaConf.to_container(cfg.get("logger") or OmegaConf.create({}), resolve=True)
+    for name, node in nodes.items():  # type: ignore[union-attr]
         if node["_target_"].endswith(".WandbLogger"):
             _prepare_wandb(f"logger.{name}", online=not node.get("offline", False))
+            node.update(_identity(node))
     with made_from("logger"):
         loggers = [_make(node) for node in nodes.values()]
     failed = True
@@ -169,6 +195,17 @@ def _prepare_wandb(key: str, *, online: bool) -> None:
             f"{key}.offline=false: no account found, expected a key in WANDB_API_KEY or from "
             "'wandb login'; offline=true needs none"
         )
+
+
+def _identity(node: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run is called in wandb, and what it belongs with, where the config leaves it open."""
+    hydra = HydraConfig.get()
+    group = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
+    return {
+        "name": node.get("name") or Path(hydra.runtime.output_dir).name,
+        "group": node.get("group") or group,
+        "tags": [tag for tag in node.get("tags") or () if tag is not None],
+    }
 
 
 @contextlib.contextmanager

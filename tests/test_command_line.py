@@ -29,7 +29,10 @@ def message(*arguments: str) -> str:
             "data=cifar: expected one of characters, diamonds, digits, f",
         ),
         ("model=null", "model=null: expected one of autoencoder, cnn, "),
-        ("callbacks=[default,foo]", "callbacks=foo: expected one of default, natgrad, none"),
+        (
+            "callbacks=[default,foo]",
+            "callbacks=foo: expected one of default, median_stopping, natgrad, none",
+        ),
         (
             "experiment=null",
             "experiment=null: expected one of autoencoder, char_transformer",
@@ -52,6 +55,11 @@ def message(*arguments: str) -> str:
         ("seed=null", "seed=null: expected a value, such as 0"),
         ("metric=[1]", "metric=[1]: expected one value, such as val/accuracy"),
         ("optimizer=adamw,sgd", "optimizer=adamw,sgd: several values are a sweep, which needs -m"),
+        ("hparams_search=natgrad_grid", "natgrad_grid: a search is a sweep, which needs -m"),
+        (
+            "-m hparams_search=nonsense",
+            "hparams_search=nonsense: expected one of natgrad_grid, natgrad_optuna",
+        ),
         ("foo", "foo: expected KEY=VALUE"),
         ("optimizer.lr=[1,2", "not KEY=VALUE as Hydra reads it"),
         ("-m optimizer=adamw,adamm", "optimizer=adamm: expected one of"),
@@ -80,6 +88,7 @@ def test_refused(arguments: str, expected: str) -> None:
         "-m optimizer=adamw,natgrad seed=range(3) optimizer.lr=0.1,1",
         "-m optimizer.lr=interval(0.1,1)",
         "hydra.run.dir=somewhere hydra/launcher=basic",
+        "-m hparams_search=natgrad_optuna hydra.sweeper.n_trials=3 hydra/launcher=joblib",
         "--config-name other anything=goes",
     ],
 )

@@ -218,16 +218,16 @@ def test_the_comparison_has_curves_a_table_and_winners(tmp_path: Path) -> None:
     assert board.head == [
         "setting",
         "runs",
-        "steps",
         "test/loss",
+        "steps",
         "train/loss",
         "train/seconds",
         "val/accuracy",
     ]
     assert [row[0] for row in board.rows] == ["optimizer=natgrad", "optimizer=adamw"]
-    assert board.rows[0][3] == "0.15 ± 0.071"
-    assert getattr(board.rows[0][3], "best", False)
-    assert not getattr(board.rows[1][3], "best", False)
+    assert board.rows[0][2] == "0.15 ± 0.071"
+    assert getattr(board.rows[0][2], "best", False)
+    assert not getattr(board.rows[1][2], "best", False)
     assert getattr(board.rows[0][6], "best", False)  # of accuracy the most
     names = [picture.name for picture in page.pictures]
     assert names[:2] == ["train-loss-steps", "train-loss-seconds"]
@@ -236,6 +236,67 @@ def test_the_comparison_has_curves_a_table_and_winners(tmp_path: Path) -> None:
     write_leaderboard(tmp_path / "board.json", read_sweep(tmp_path), ["test/loss"])
     stored = json.loads((tmp_path / "board.json").read_text())
     assert stored[1]["metrics"]["test/loss"]["values"] == [0.1, 0.2]
+
+
+def test_a_search_has_short_labels_and_the_curves_of_its_best(tmp_path: Path) -> None:
+    ends = [0.01 + 0.1 * ((i * 5) % 12) / 12 for i in range(12)]
+    for i, end in enumerate(ends):
+        run = tmp_path / f"{i}-natgrad"
+        (run / ".hydra").mkdir(parents=True)
+        radius = 0.0123456789012345 * (i + 1)
+        overrides = [f"optimizer.kl_radius={radius}", f"optimizer.lr={i}", f"callbacks.lr={i}"]
+        (run / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+        (run / "metrics.csv").write_text(f"step,val/loss\n0,1.0\n10,{end}\n")
+        (run / "results.json").write_text(json.dumps({"val/loss": end}))
+    page = comparison_page(tmp_path, "val/loss")
+    groups = read_sweep(tmp_path)
+    # In the order of their numbers, 2 before 10; a word that two keys end with does not do.
+    assert groups[10].label == "kl_radius=0.136, optimizer.lr=10, callbacks.lr=10"
+    assert groups[10].setting.startswith("optimizer.kl_radius=0.13580246791357")
+    assert page.tables[0].head[2] == "val/loss"
+    assert [float(row[2]) for row in page.tables[0].rows] == [
+        float(f"{e:.4g}") for e in sorted(ends)
+    ]
+    (picture,) = page.pictures
+    assert picture.caption.endswith("The first 8 of 12 settings.")
+    legend = [text.get_text() for text in picture.figure.axes[0].get_legend().get_texts()]
+    assert legend == [row[0] for row in page.tables[0].rows[:8]]
+    assert comparison_page(tmp_path, "val/loss", higher=True).tables[0].rows[-1][0] == legend[0]
+
+
+def test_runs_that_were_stopped_come_last(tmp_path: Path) -> None:
+    sweep(tmp_path, {"adamw": [0.3], "natgrad": [0.1], "sgd": [0.4]})
+    stopped = {"test/loss": 0.1, "steps": 5, "stopped/step": 5}
+    (tmp_path / "1-0" / "results.json").write_text(json.dumps(stopped))
+    (board,) = comparison_page(tmp_path, "test/loss").tables
+    labels = ["optimizer=adamw", "optimizer=sgd", "optimizer=natgrad (stopped early)"]
+    assert [row[0] for row in board.rows] == labels
+    assert getattr(board.rows[0][2], "best", False)
+
+
+def test_labels_that_would_be_the_same_are_written_out(tmp_path: Path) -> None:
+    sweep(tmp_path, {"adamw optimizer.lr=0.10000001": [0.3], "adamw optimizer.lr=0.1": [0.1]})
+    for i, lr in enumerate(("0.10000001", "0.10000002")):
+        path = tmp_path / f"{i}-0" / ".hydra" / "overrides.yaml"
+        path.write_text(json.dumps([f"optimizer.lr={lr}", "seed=0"]))
+    labels = [group.label for group in read_sweep(tmp_path)]
+    assert labels == ["optimizer.lr=0.10000001", "optimizer.lr=0.10000002"]
+
+
+def test_runs_that_did_not_end_are_left_out_and_numbers_that_are_not_finite_counted(
+    tmp_path: Path,
+) -> None:
+    sweep(tmp_path, {"adamw": [0.3, 0.5], "natgrad": [0.1, 0.2], "sgd": [0.4]})
+    (tmp_path / "1-1" / "results.json").unlink()
+    diverged = {"test/loss": None, "steps": 10}
+    (tmp_path / "0-1" / "results.json").write_text(json.dumps(diverged))
+    (tmp_path / "2-0" / "results.json").write_text(json.dumps(diverged))
+    (board,) = comparison_page(tmp_path, "test/loss").tables
+    assert [row[:3] for row in board.rows] == [
+        ["optimizer=natgrad", "1", "0.1"],
+        ["optimizer=adamw", "2", "0.3 (1 of 2)"],
+        ["optimizer=sgd", "1", "–"],
+    ]
 
 
 @pytest.mark.parametrize(
