@@ -31,6 +31,7 @@ OTHERS = (
     "scaling",
     "site",
     "support",
+    "sweeps",
     "tasks",
     "train",
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,14 @@ from experiments.command_line import CommandLineError
 CONFIG, RESULTS = "config.yaml", "results.json"
 _AFTERWARDS = ("metric", "report")  # used once a run has ended; another value changes nothing in it
 _HYDRAS_OWN = (".hydra", "train.log")  # written before a run begins
+_ASIDE = "interrupted-"
 
 
 def finished_results(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     """What the same run came to, if it came to its end in this folder; None if it is to be run.
 
-    What one that did not come to its end has left is removed, for nothing of it to be taken for
-    the new one's.
+    What one that did not come to its end has left goes into a folder of its own, `interrupted-1`
+    and so on, for nothing of it to be taken for the new one's.
 
     Raises:
         CommandLineError: a run with another config came to its end here.
@@ -30,9 +30,8 @@ def finished_results(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
     if not (folder / CONFIG).exists():
         return None
     if not (folder / RESULTS).exists():
-        for path in folder.iterdir() if _first_process() else ():
-            if path.name not in _HYDRAS_OWN:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if _first_process():
+            _set_aside(folder)
         return None
     before = _flat(OmegaConf.to_container(OmegaConf.load(folder / CONFIG)))
     now = _flat(OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(cfg, resolve=True))))
@@ -43,6 +42,14 @@ def finished_results(cfg: DictConfig, folder: Path) -> dict[str, Any] | None:
                 f"{now.get(key)}; choose another hydra.sweep.dir, or delete that folder"
             )
     return dict(json.loads((folder / RESULTS).read_text()))
+
+
+def _set_aside(folder: Path) -> None:
+    found = [p for p in folder.iterdir() if not p.name.startswith((*_HYDRAS_OWN, _ASIDE))]
+    place = folder / f"{_ASIDE}{1 + len(list(folder.glob(f'{_ASIDE}*')))}"
+    place.mkdir()
+    for path in found:
+        path.rename(place / path.name)
 
 
 def _first_process() -> bool:

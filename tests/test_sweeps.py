@@ -321,6 +321,7 @@ def test_a_killed_sweep_goes_on(
     assert len(results(sweep)) == 3
     assert results(sweep)["0-sgd-seed0"] == kept["0-sgd-seed0"]
     assert not (sweep / "1-sgd-seed1" / "left.ckpt").exists()
+    assert (sweep / "1-sgd-seed1" / "interrupted-1" / "left.ckpt").exists()
     assert "1 settings, 3 runs" in printed
 
     monkeypatch.setattr(command_line, "_TRACEBACKS", True)  # of which a callback makes a warning
@@ -399,7 +400,7 @@ def test_a_finished_run_is_known_by_its_config(compose_config: Compose, tmp_path
         finished_results(cfg, tmp_path)
 
 
-def test_only_the_first_process_of_a_run_clears_its_folder(
+def test_what_an_interrupted_run_left_is_set_aside_by_the_first_process(
     compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = compose_config(*TINY)
@@ -411,7 +412,13 @@ def test_only_the_first_process_of_a_run_clears_its_folder(
     assert (tmp_path / "checkpoints").exists()
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert finished_results(cfg, tmp_path) is None
-    assert [path.name for path in tmp_path.iterdir()] == [".hydra"]
+    assert {path.name for path in tmp_path.iterdir()} == {".hydra", "interrupted-1"}
+    (tmp_path / "config.yaml").touch()
+    assert finished_results(cfg, tmp_path) is None
+    assert {path.name for path in tmp_path.iterdir()} == {
+        ".hydra", "interrupted-1", "interrupted-2",
+    }  # fmt: skip
+    assert (tmp_path / "interrupted-1" / "checkpoints").exists()
 
 
 def test_results_are_there_whole_or_not_at_all(
