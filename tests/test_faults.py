@@ -101,6 +101,9 @@ ALL = {**REFUSED, **TAKEN, **WEIGHTLESS, **SURE}
 in_all_models = pytest.mark.parametrize("model", MODELS)
 in_all_problems = pytest.mark.parametrize("problem", PROBLEMS)
 at_first_and_later = pytest.mark.parametrize("at", [0, 4])
+#: Each two of model, problem and time together, in half as many runs as there are of all three.
+PAIRS = [(m, p, 4 * ((i + j) % 2)) for i, m in enumerate(MODELS) for j, p in enumerate(PROBLEMS)]
+in_pairs = pytest.mark.parametrize(("model", "problem", "at"), PAIRS)
 
 
 class Run:
@@ -162,11 +165,9 @@ def same(one: Any, other: Any) -> bool:
 # -- refused -------------------------------------------------------------------------------------
 
 
-@at_first_and_later
-@in_all_models
 @pytest.mark.parametrize(
-    ("fault", "problem"),
-    [(f, p) for f in REFUSED for p in PROBLEMS if "target" not in f or p == "mse"],
+    ("fault", "model", "problem", "at"),
+    [(f, m, p, at) for f in REFUSED for m, p, at in PAIRS if "target" not in f or p == "mse"],
 )
 def test_a_batch_of_no_numbers_is_refused_whole_and_training_goes_on(fault, model, problem, at):
     run = Run(model, problem, noise_variance="running")
@@ -244,9 +245,7 @@ def test_a_step_that_led_to_no_number_is_taken_back_unless_it_was_measured(monke
 # -- taken ---------------------------------------------------------------------------------------
 
 
-@at_first_and_later
-@in_all_problems
-@in_all_models
+@in_pairs
 @pytest.mark.parametrize("fault", TAKEN)
 def test_an_odd_batch_keeps_to_the_radius_and_training_goes_on(fault, model, problem, at):
     run = Run(model, problem)
