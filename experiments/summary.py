@@ -22,19 +22,29 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def write_report(title: str, folder: Path) -> Path | None:
-    """Write `report.html` and pictures of a run; None if it left no metrics to draw.
+    """Write `report.html` and pictures of a run.
+
+    None if it left no metrics to draw, or if matplotlib is not installed, which is said in a line.
 
     Args:
         title: of the page.
         folder: of the run.
     """
-    from ngplugin.reporting.run_page import run_page
-    from ngplugin.reporting.run_record import RunNotFoundError, read_run
-
+    try:
+        from ngplugin.reporting.run_page import run_page
+        from ngplugin.reporting.run_record import RunNotFoundError, read_run
+    except ModuleNotFoundError as missing:
+        print(no_page(missing))
+        return None
     try:
         return run_page(read_run(folder), title).write(folder)
     except RunNotFoundError:  # logger=none
         return None
+
+
+def no_page(missing: ModuleNotFoundError) -> str:
+    """Why there are no pictures, and what to do."""
+    return f"No report.html: {missing.name} is not installed (pip install {missing.name})"
 
 
 def show_results(

@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from experiments.summary import no_page
+
 
 class Leaderboard(Callback):
     """Reads what the runs of a sweep have left, whichever of them are there.
@@ -31,8 +33,12 @@ def show(folder: Path, metric: str | None = None) -> None:
         metric: that decides about the order.
     """
     from ngplugin.errors import NgpluginError
-    from ngplugin.reporting.comparison import comparison_page, read_sweep, write_leaderboard
 
+    try:
+        from ngplugin.reporting.comparison import comparison_page, read_sweep, write_leaderboard
+    except ModuleNotFoundError as missing:
+        print(no_page(missing))
+        return
     console, folder = Console(), folder.resolve()
     try:
         page = comparison_page(folder, metric)

@@ -28,6 +28,12 @@ from experiments.summary import write_results
 from experiments.tasks.splits import SplitData
 from experiments.tasks.task import Task
 
+#: What wandb's own variable WANDB_MODE may be, and whether a run may then be sent.
+_MAY_SEND = {
+    "online": True, "shared": True, "run": True,
+    "offline": False, "dryrun": False, "disabled": False,
+}  # fmt: skip
+
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Fit and test the network that a config describes.
@@ -142,33 +148,86 @@ def _loggers(cfg: DictConfig) -> Iterator[list[Logger]]:
     """The loggers; wandb's run is closed in the end, else the next job of a sweep goes on in it.
 
     Raises:
-        CommandLineError: wandb is asked to go online and would have to ask who you are.
+        CommandLineError: a logger cannot be made, or wandb cannot do what it is asked to.
     """
     nodes = dict((cfg.get("logger") or {}).items())
-    for name, node in nodes.items():
-        if node["_target_"].endswith(".WandbLogger"):
-            _prepare_wandb(f"logger.{name}", online=not node.get("offline", False))
+    mode = os.environ.get("WANDB_MODE")
+    for name, node in [*nodes.items()]:
+        if node["_target_"].endswith(".WandbLogger") and not _prepare_wandb(f"logger.{name}", node):
+            del nodes[name]
+    wandb = sys.modules.get("wandb")  # not imported: not used
     with made_from("logger"):
         loggers = [_make(node) for node in nodes.values()]
     failed = True
     try:
         yield loggers
         failed = False
+    except Exception as error:
+        if wandb is not None and isinstance(error, wandb.Error):
+            raise CommandLineError(f"logger.wandb: {error}") from error
+        raise
     finally:
-        wandb = sys.modules.get("wandb")  # not imported: not used
         if wandb is not None and wandb.run is not None:
             wandb.finish(exit_code=int(failed))
+        if mode is None:  # Lightning sets it for a run that is offline
+            os.environ.pop("WANDB_MODE", None)
 
 
-def _prepare_wandb(key: str, *, online: bool) -> None:
-    os.environ.setdefault("WANDB_SILENT", "true")  # no greetings
-    with made_from(key):
+def _prepare_wandb(key: str, node: DictConfig) -> bool:
+    """See to it that wandb neither asks nor waits; False if there can or shall be no run of it.
+
+    A run is sent only where both the config and `WANDB_MODE` let it be.
+
+    Raises:
+        CommandLineError: it is to be sent, and there is no account or no way to the server.
+    """
+    mode = os.environ.get("WANDB_MODE") or "online"
+    if mode not in _MAY_SEND:
+        raise CommandLineError(f"WANDB_MODE={mode}: expected online, offline or disabled")
+    if mode == "disabled":
+        return False
+    try:
         import wandb
-    if online and not wandb.login(prompt=False):
+    except ModuleNotFoundError:
+        print(f"{key}: wandb is not installed (pip install wandb); this run has metrics.csv only")
+        return False
+    os.environ.setdefault("WANDB_SILENT", "true")  # no greetings
+    if not os.access(Path.home(), os.W_OK):  # else its own log comes to the terminal
+        os.environ.setdefault("WANDB_CACHE_DIR", str(node.get("save_dir", ".")))
+    if not _MAY_SEND[mode]:
+        node.offline = True
+    elif not node.get("offline", False):
+        _sign_in(f"{key}.offline=false", wandb)
+    elif "WANDB_MODE" in os.environ:
+        print(f"WANDB_MODE={mode}: the run stays offline, {key}.offline=false sends it")
+    return True
+
+
+def _sign_in(key: str, wandb: Any) -> None:
+    """Sign in to wandb with the account that is there; it is never asked for.
+
+    Raises:
+        CommandLineError: there is none, it is not valid, or nobody answers. wandb itself would ask,
+            or go on trying for minutes.
+    """
+    import requests  # which wandb needs too
+
+    address = wandb.setup().settings.base_url
+    try:
+        if not wandb.login(prompt=False, verify=False):
+            raise CommandLineError(
+                f"{key}: no account found, expected a key in WANDB_API_KEY or from "
+                "'wandb login'; offline=true needs none"
+            )
+        with contextlib.suppress(requests.exceptions.SSLError):  # it has answered
+            requests.head(address, timeout=10)  # seconds
+        wandb.login(prompt=False)
+    except requests.RequestException as error:
         raise CommandLineError(
-            f"{key}.offline=false: no account found, expected a key in WANDB_API_KEY or from "
-            "'wandb login'; offline=true needs none"
-        )
+            f"{key}: {address} does not answer; offline=true needs no network"
+        ) from error
+    except wandb.Error as error:
+        raise CommandLineError(f"{key}: {error}; offline=true needs no account") from error
 
 
 @contextlib.contextmanager
