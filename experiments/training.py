@@ -207,27 +207,29 @@ def _sign_in(key: str, wandb: Any) -> None:
     """Sign in to wandb with the account that is there; it is never asked for.
 
     Raises:
-        CommandLineError: there is none, it is not valid, or nobody answers. wandb itself would ask,
-            or go on trying for minutes.
+        CommandLineError: there is none, or nobody answers. wandb itself would ask, or go on trying
+            for minutes.
     """
     import requests  # which wandb needs too
 
+    try:
+        found = wandb.login(prompt=False, verify=False)
+    except wandb.Error as error:  # a key that cannot be one
+        raise CommandLineError(f"{key}: {error}; offline=true needs none") from error
+    if not found:
+        raise CommandLineError(
+            f"{key}: no account found, expected a key in WANDB_API_KEY or from "
+            "'wandb login'; offline=true needs none"
+        )
     address = wandb.setup().settings.base_url
     try:
-        if not wandb.login(prompt=False, verify=False):
-            raise CommandLineError(
-                f"{key}: no account found, expected a key in WANDB_API_KEY or from "
-                "'wandb login'; offline=true needs none"
-            )
-        with contextlib.suppress(requests.exceptions.SSLError):  # it has answered
-            requests.head(address, timeout=10)  # seconds
-        wandb.login(prompt=False)
+        requests.head(address, timeout=10)  # seconds
+    except requests.exceptions.SSLError:  # it has answered
+        pass
     except requests.RequestException as error:
         raise CommandLineError(
             f"{key}: {address} does not answer; offline=true needs no network"
         ) from error
-    except wandb.Error as error:
-        raise CommandLineError(f"{key}: {error}; offline=true needs no account") from error
 
 
 @contextlib.contextmanager
