@@ -44,7 +44,8 @@ def write_report(title: str, folder: Path) -> Path | None:
 
 def no_page(missing: ModuleNotFoundError) -> str:
     """Why there are no pictures, and what to do."""
-    return f"No report.html: {missing.name} is not installed (pip install {missing.name})"
+    package = str(missing.name).partition(".")[0]
+    return f"No report.html: {package} is not installed (pip install {package})"
 
 
 def show_results(
