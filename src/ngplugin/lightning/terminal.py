@@ -22,7 +22,8 @@ def show_coverage(coverage: Coverage, optimizer: int | None = None) -> None:
     title = f"natural gradient{whose}: what preconditions each parameter"
     hidden = len(coverage.rows) - _MOST_ROWS
     shown = Coverage(coverage.rows[:_MOST_ROWS])
-    caption = f"{coverage.totals()}\n{coverage.sources()}\n{coverage.pace()}"
+    lines = (coverage.totals(), coverage.sources(), coverage.memory(), coverage.pace())
+    caption = "\n".join(lines)
     if hidden > 0:
         caption = f"{hidden} more in NaturalGradient.coverage(). {caption}"
     try:
