@@ -22,11 +22,13 @@ TOOLS = (
 OTHERS = (
     "conf",
     "command_line",
+    "commands",
     "grid",
     "other_tasks",
     "race",
     "scaling",
     "support",
+    "surroundings",
     "tasks",
     "train",
 )

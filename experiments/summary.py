@@ -68,6 +68,9 @@ def show_results(
             table.add_row(name, _number(results[name]))
     table.add_row("seconds of training", f"{results['seconds']:.1f}")
     table.add_row("steps", f"{results['steps']:,}")
+    if results["steps"]:
+        step = 1e3 * results["seconds"] / results["steps"]
+        table.add_row("milliseconds a step, validation included", f"{step:.3g}")
     if "natgrad/kl_mean" in results:
         _add_natural_gradient(table, results)
     console = Console()
