@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import ngplugin
 from experiments import training
+from experiments.race.courses import COURSES
 from experiments.tasks.fashion_mnist import FashionMNIST
 from experiments.tasks.networks import cnn
 from experiments.tasks.splits import SplitData
@@ -135,6 +136,22 @@ def test_experiments_make_all_that_they_name(
     trainer = instantiate(cfg.trainer, _convert_="all")(callbacks=callbacks, logger=loggers)
     assert set(callbacks) <= set(trainer.callbacks)
     assert trainer.loggers == loggers
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_says_what_it_came_to(name: str) -> None:
+    """In the race where it is raced, with the race's own numbers; else by the files' own steps."""
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    raced = re.search(r"in (\S+) seconds .*natgrad (\S+), tuned adamw (\S+) \(docs/race.md\)", text)
+    if raced is None:
+        assert name == "fashion_cnn" or re.search(r"steps, seed 0: natgrad \S+, adamw .* \S+", text)
+        return
+    seconds, natgrad, adamw = raced.groups()
+    assert float(seconds) == COURSES[name].seconds
+    page = (CONF.parent / "docs" / "race.md").read_text()
+    (row,) = re.findall(rf"^\| {name} \|(.*)\|$", page.split("<!-- /summary -->")[0], re.MULTILINE)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert (adamw, natgrad) == (cells[0], cells[6])
 
 
 @pytest.mark.parametrize("name", options("debug"))

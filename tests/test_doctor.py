@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -99,9 +100,20 @@ def test_what_fails_by_itself_is_told_apart_from_what_is_refused(
     module: str, said: str, capsys: Any
 ) -> None:
     assert main(["doctor", "--module", f"{HERE}:{module}"]) == 1
-    out, err = capsys.readouterr()
-    assert said in out
-    assert not err  # no list of devices, no advice
+    assert said in capsys.readouterr().out
+
+
+def test_it_is_quiet_about_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tells of devices, and advises, and there are two."""
+    told: list[str] = []
+    logger = logging.getLogger("lightning.pytorch")
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: told.append(record.getMessage()))
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.setLevel(level := logging.INFO)  # whatever ran before
+    assert doctor.dry_run(doctored.Classifier()).refused is None
+    assert not told
+    assert logger.level == level
 
 
 def test_the_table_says_what_curvature_keeps(capsys: Any) -> None:
