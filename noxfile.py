@@ -23,6 +23,7 @@ TOOLS = (
 OTHERS = (
     "conf",
     "command_line",
+    "commands",
     "explain",
     "grid",
     "notebook",
@@ -31,6 +32,7 @@ OTHERS = (
     "scaling",
     "site",
     "support",
+    "surroundings",
     "sweeps",
     "tasks",
     "train",

@@ -8,6 +8,7 @@ be known when an object is made is told in the same way.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import sys
@@ -46,7 +47,8 @@ class CommandLineError(Exception):
 def errors_in_one_line(program: str, *, always: bool = False) -> Iterator[None]:
     """End the process with one line, and status 2, if what is inside fails by the user's choice.
 
-    With HYDRA_FULL_ERROR=1 the traceback is left alone. Errors of other kinds always have theirs.
+    So it does where a file or folder cannot be written. With HYDRA_FULL_ERROR=1 the traceback is
+    left alone. Errors of other kinds always have theirs.
 
     Args:
         program: its name.
@@ -59,13 +61,19 @@ def errors_in_one_line(program: str, *, always: bool = False) -> Iterator[None]:
     os.environ[_FULL_ERROR] = "1"  # else Hydra prints what it is meant to raise
     try:
         yield
-    except (CommandLineError, HydraException, OmegaConfBaseException) as error:
+    except (CommandLineError, HydraException, OmegaConfBaseException, OSError) as error:
+        if isinstance(error, OSError) and not _of_a_file(error):
+            raise
         sys.stderr.write(f"{program}: error: {_one_line(error)}\n")
         raise SystemExit(2) from None
     finally:
         os.environ.pop(_FULL_ERROR)
         if before is not None:
             os.environ[_FULL_ERROR] = before
+
+
+def _of_a_file(error: OSError) -> bool:
+    return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager

@@ -28,19 +28,30 @@ def write_results(path: Path, results: Mapping[str, Any]) -> None:
 
 
 def write_report(title: str, folder: Path) -> Path | None:
-    """Write `report.html` and pictures of a run; None if it left no metrics to draw.
+    """Write `report.html` and pictures of a run.
+
+    None if it left no metrics to draw, or if matplotlib is not installed, which is said in a line.
 
     Args:
         title: of the page.
         folder: of the run.
     """
-    from ngplugin.reporting.run_page import run_page
-    from ngplugin.reporting.run_record import RunNotFoundError, read_run
-
+    try:
+        from ngplugin.reporting.run_page import run_page
+        from ngplugin.reporting.run_record import RunNotFoundError, read_run
+    except ModuleNotFoundError as missing:
+        print(no_page(missing))
+        return None
     try:
         return run_page(read_run(folder), title).write(folder)
     except RunNotFoundError:  # logger=none
         return None
+
+
+def no_page(missing: ModuleNotFoundError) -> str:
+    """Why there are no pictures, and what to do."""
+    package = str(missing.name).partition(".")[0]
+    return f"No report.html: {package} is not installed (pip install {package})"
 
 
 def show_results(
@@ -63,6 +74,9 @@ def show_results(
             table.add_row(name, _number(results[name]))
     table.add_row("seconds of training", f"{results['seconds']:.1f}")
     table.add_row("steps", f"{results['steps']:,}")
+    if results["steps"]:
+        step = 1e3 * results["seconds"] / results["steps"]
+        table.add_row("milliseconds a step, validation included", f"{step:.3g}")
     if "natgrad/kl_mean" in results:
         _add_natural_gradient(table, results)
     console = Console()

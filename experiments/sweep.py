@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.command_line import CommandLineError, errors_in_one_line
+from experiments.summary import no_page
 
 _BEGUN_WITH = "multirun.yaml"  # as Hydra's own sweeper names it
 #: What decides which run is which in a sweep's folder, besides the overrides.
@@ -116,8 +117,12 @@ def show(folder: Path, metric: str | None = None, higher: bool | None = None) ->
         higher: whether more of it is better; None for what its name says.
     """
     from ngplugin.errors import NgpluginError
-    from ngplugin.reporting.comparison import comparison_page, read_sweep, write_leaderboard
 
+    try:
+        from ngplugin.reporting.comparison import comparison_page, read_sweep, write_leaderboard
+    except ModuleNotFoundError as missing:
+        print(no_page(missing))
+        return
     console, folder = Console(), folder.resolve()
     try:
         page = comparison_page(folder, metric, higher)

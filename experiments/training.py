@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-import os
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,8 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
@@ -28,6 +23,7 @@ from torch import nn
 import ngplugin
 from experiments.command_line import CommandLineError, made_from
 from experiments.finished import CONFIG, RESULTS
+from experiments.loggers import made_loggers, origin
 from experiments.median_stopping import MedianStopping
 from experiments.summary import write_results
 from experiments.tasks.splits import SplitData
@@ -57,7 +53,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     data, module = make_task(cfg)
     with made_from("callbacks"):
         callbacks = [_make(node) for node in (cfg.get("callbacks") or {}).values() if node]
-    with _loggers(cfg) as loggers, _misconfiguration_is_the_users():
+    with made_loggers(cfg) as loggers, _misconfiguration_is_the_users():
         trainer = _make_trainer(cfg, callbacks, loggers)
         results = _fit_and_test(trainer, module, data)
     results |= {f"data/{name}": value for name, value in data.facts.items()}
@@ -127,27 +123,10 @@ def _make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logg
             enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
             enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
         )
-    config = {**OmegaConf.to_container(cfg, resolve=True), "run": _origin()}  # type: ignore[dict-item]
+    config = {**OmegaConf.to_container(cfg, resolve=True), "run": origin()}  # type: ignore[dict-item]
     for logger in loggers:
         logger.log_hyperparams(config)
     return trainer  # type: ignore[no-any-return]
-
-
-def _origin() -> dict[str, Any]:
-    """Of a run: its folder, what was overridden on the command line, and the commit, if any."""
-    hydra = HydraConfig.get()
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    commit = None
-    with contextlib.suppress(OSError):  # no git
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-        )
-        commit = done.stdout.strip() or None  # no repository
-    return {
-        "output_dir": hydra.runtime.output_dir,
-        "overrides": list(hydra.overrides.task),
-        "commit": commit,
-    }
 
 
 def _fit_and_test(trainer: L.Trainer, module: Task, data: L.LightningDataModule) -> dict[str, Any]:
@@ -160,52 +139,6 @@ def _fit_and_test(trainer: L.Trainer, module: Task, data: L.LightningDataModule)
     best = getattr(trainer.checkpoint_callback, "best_model_path", None) or None
     (tested,) = trainer.test(module, datamodule=data, ckpt_path=best, verbose=False)
     return results | dict(tested)
-
-
-@contextlib.contextmanager
-def _loggers(cfg: DictConfig) -> Iterator[list[Logger]]:
-    """The loggers; wandb's run is closed in the end, else the next job of a sweep goes on in it.
-
-    Raises:
-        CommandLineError: wandb is asked to go online and would have to ask who you are.
-    """
-    nodes = OmegaConf.to_container(cfg.get("logger") or OmegaConf.create({}), resolve=True)
-    for name, node in nodes.items():  # type: ignore[union-attr]
-        if node["_target_"].endswith(".WandbLogger"):
-            _prepare_wandb(f"logger.{name}", online=not node.get("offline", False))
-            node.update(_identity(node))
-    with made_from("logger"):
-        loggers = [_make(node) for node in nodes.values()]
-    failed = True
-    try:
-        yield loggers
-        failed = False
-    finally:
-        wandb = sys.modules.get("wandb")  # not imported: not used
-        if wandb is not None and wandb.run is not None:
-            wandb.finish(exit_code=int(failed))
-
-
-def _prepare_wandb(key: str, *, online: bool) -> None:
-    os.environ.setdefault("WANDB_SILENT", "true")  # no greetings
-    with made_from(key):
-        import wandb
-    if online and not wandb.login(prompt=False):
-        raise CommandLineError(
-            f"{key}.offline=false: no account found, expected a key in WANDB_API_KEY or from "
-            "'wandb login'; offline=true needs none"
-        )
-
-
-def _identity(node: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run is called in wandb, and what it belongs with, where the config leaves it open."""
-    hydra = HydraConfig.get()
-    group = Path(hydra.sweep.dir).name if hydra.mode == RunMode.MULTIRUN else None
-    return {
-        "name": node.get("name") or Path(hydra.runtime.output_dir).name,
-        "group": node.get("group") or group,
-        "tags": [tag for tag in node.get("tags") or () if tag is not None],
-    }
 
 
 @contextlib.contextmanager

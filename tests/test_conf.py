@@ -14,7 +14,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import ngplugin
+from experiments import training
+from experiments.race.courses import COURSES
+from experiments.tasks.fashion_mnist import FashionMNIST
 from experiments.tasks.networks import cnn
+from experiments.tasks.splits import SplitData
 
 CONF = Path(__file__).parents[1] / "conf"
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -108,9 +112,68 @@ def test_trainers_with_callbacks(name: str, callbacks: str, compose_config: Comp
     assert has == ("natgrad" in callbacks)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "natgrad"])
 @pytest.mark.parametrize("name", options("experiment"))
-def test_experiments_compose(name: str, compose_config: Compose) -> None:
-    assert not OmegaConf.missing_keys(compose_config(f"experiment={name}"))
+def test_experiments_make_all_that_they_name(
+    name: str, optimizer: str, compose_config: Compose
+) -> None:
+    cfg = compose_config(f"experiment={name}", f"optimizer={optimizer}", "trainer.accelerator=cpu")
+    assert not OmegaConf.missing_keys(cfg)
+    if name == "fashion_cnn":  # its files are in no package
+        data = FashionMNIST.__new__(FashionMNIST)
+        assert cfg.data._target_.endswith(f".{FashionMNIST.__name__}")
+    else:
+        data = instantiate(cfg.data, _convert_="all")
+    assert isinstance(data, SplitData)
+    network = training._make_network(cfg.model, data.dimensions)
+    make, schedule = (instantiate(node, _convert_="all") for node in (cfg.optimizer, cfg.schedule))
+    module = instantiate(cfg.task)(network=network, optimizer=make, scheduler=schedule)
+    assert isinstance(module, L.LightningModule)
+    scheduler = schedule(make(module.parameters()), 10)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    callbacks = [instantiate(node, _convert_="all") for node in cfg.callbacks.values()]
+    loggers = [instantiate(node, _convert_="all") for node in cfg.logger.values()]
+    trainer = instantiate(cfg.trainer, _convert_="all")(callbacks=callbacks, logger=loggers)
+    assert set(callbacks) <= set(trainer.callbacks)
+    assert trainer.loggers == loggers
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_an_experiment_says_what_it_came_to(name: str) -> None:
+    """In the race where it is raced, with the race's own numbers; else by the files' own steps."""
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    raced = re.search(r"in (\S+) seconds .*natgrad (\S+), tuned adamw (\S+) \(docs/race.md\)", text)
+    if raced is None:
+        assert name == "fashion_cnn" or re.search(r"steps, seed 0: natgrad \S+, adamw .* \S+", text)
+        return
+    seconds, natgrad, adamw = raced.groups()
+    assert float(seconds) == COURSES[name].seconds
+    page = (CONF.parent / "docs" / "race.md").read_text()
+    (row,) = re.findall(rf"^\| {name} \|(.*)\|$", page.split("<!-- /summary -->")[0], re.MULTILINE)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert (adamw, natgrad) == (cells[0], cells[6])
+
+
+@pytest.mark.parametrize("name", options("debug"))
+def test_debug_changes_the_trainer_and_takes_no_callback_away(
+    name: str, compose_config: Compose
+) -> None:
+    chosen = ("experiment=implicit_image", "optimizer=natgrad")
+    plain, cfg = compose_config(*chosen), compose_config(*chosen, f"debug={name}")
+    assert cfg.callbacks == plain.callbacks
+    assert {"natural_gradient", "best", "picture"} <= set(cfg.callbacks)
+    assert cfg.trainer != plain.trainer
+    changed = {key for key in plain if cfg.get(key) != plain[key]}
+    assert changed <= {"trainer", "logger"}
+    instantiate(cfg.trainer, _convert_="all")(logger=False)
+
+
+def test_the_group_for_other_projects_puts_the_callback_beside_theirs(
+    compose_config: Compose,
+) -> None:
+    cfg = compose_config("+natgrad=default", "optimizer=adamw")
+    assert {"natural_gradient", "best", "progress"} <= set(cfg.callbacks)
+    assert instantiate(cfg.callbacks.natural_gradient, _convert_="all").lr == 1.0
 
 
 @pytest.mark.parametrize("group", ["data", "model", "task"])

@@ -22,8 +22,8 @@ from tests.tracking.test_metrics import report
 QUIET: dict[str, float | None] = {
     "steps": 1000, "kl_mean": 0.03, "kl_max": 0.05, "kl_used": 0.6, "kl_ratio": 3.0,
     "kl_radius": 0.05, "reduction_ratio": 0.5, "cosine": 0.3, "condition_number": 1e4,
-    "damping": 0.1, "measured": 0.2, "bound_active": 0.5, "overhead": 0.4, "skipped": 0,
-    "rejected": 0, "failed_factorizations": 0, "dropped_statistics": 0,
+    "damping": 0.1, "measured": 0.2, "bound_active": 0.5, "step_seconds": 0.01, "overhead": 0.4,
+    "skipped": 0, "rejected": 0, "failed_factorizations": 0, "dropped_statistics": 0,
 }  # fmt: skip
 
 #: Of each rule: numbers of which it speaks, next to some of which it does not.
@@ -94,6 +94,7 @@ def test_the_summary_adds_up() -> None:
     assert numbers["kl_ratio"] == pytest.approx((0.2 + 0.6) / 2)
     assert numbers["measured"] == pytest.approx(2 / 3)
     assert numbers["bound_active"] == pytest.approx(1 / 3)
+    assert numbers["step_seconds"] == pytest.approx(4 / 3)
     assert numbers["overhead"] == pytest.approx(0.25)
     assert numbers["cosine"] == 0.5
     assert numbers["skipped"] == 2.0
@@ -146,3 +147,4 @@ def test_the_documentation_has_every_rule() -> None:
 
 def test_what_is_unknown_is_called_so() -> None:
     assert "KL of a step unknown" in terminal.in_words(Summary().numbers())
+    assert terminal.in_words(QUIET).endswith("; 10 ms a step, 40% of the time in curvature")

@@ -464,7 +464,7 @@ def test_wandb_is_told_what_a_run_is(program: Program, tmp_path: Path) -> None:
 
 
 def test_the_groups_and_names_of_wandb_can_be_chosen(compose_config: Compose) -> None:
-    from experiments.training import _identity
+    from experiments.loggers import _identity
 
     cfg = compose_config("logger=wandb", "logger.wandb.group=mine", "experiment=digits_mlp")
     node = OmegaConf.to_container(cfg.logger.wandb, resolve=True)

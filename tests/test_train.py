@@ -147,6 +147,19 @@ def test_wandb_online_without_an_account_is_refused_and_does_not_ask(
         train(cfg, tmp_path)
 
 
+@pytest.mark.parametrize(("debug", "steps"), [("fdr", 1), ("limit", 3), ("profiler", 3)])
+def test_debugging_trains_by_natural_gradient_all_the_same(
+    debug: str, steps: int, compose_config: Compose, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    small = (*SMALL, "trainer.max_epochs=1", "logger=csv", "trainer.limit_train_batches=3")
+    cfg = compose_config(*small, "optimizer=natgrad", f"debug={debug}", "trainer.max_steps=3")
+    results = train(cfg, tmp_path)
+    assert results["steps"] == results["natgrad/steps"] == steps
+    assert "what preconditions each parameter" in capsys.readouterr().out
+    assert (tmp_path / "fit-profile.txt").exists() == (debug == "profiler")
+
+
 def test_an_unknown_metric_names_those_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

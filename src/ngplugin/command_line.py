@@ -60,7 +60,7 @@ def _doctor(options: argparse.Namespace) -> int:
     if found.coverage is not None:
         terminal.show_coverage(found.coverage)
     print("\n".join(doctor.describe(found)))
-    return int(found.refused is not None)
+    return int(bool(found.fails or found.refused))
 
 
 def _assigned(pairs: Sequence[str]) -> dict[str, Any]:

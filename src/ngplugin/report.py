@@ -108,6 +108,15 @@ class Coverage:
             for kind, (tensors, numbers) in count.items()
         )
 
+    def memory(self) -> str:
+        """One line: what the blocks keep, beside the parameters."""
+        kept = sum(row.numel for row in self.rows)
+        parameters = sum(math.prod(row.shape) for row in self.rows)
+        return (
+            f"Curvature keeps {kept:,} numbers, {4e-6 * kept:,.3g} MB in float32, for "
+            f"{parameters:,} parameters"
+        )
+
     def pace(self) -> str:
         """One line: how often curvature is seen and inverted."""
         return (

@@ -55,8 +55,9 @@ class Summary:
         `kl_mean`, `kl_max`: of the measured steps, nats per term. `kl_used`: what they used of the
         radius, `kl_ratio`: measured over predicted KL, `reduction_ratio`, `cosine`: medians.
         `measured`, `bound_active`: shares of the steps that were measured, and that the bound
-        shortened. `kl_radius`, `condition_number`, `damping`: those of the last step. `overhead`:
-        the share of the time that went into curvature. The rest are counts.
+        shortened. `step_seconds`: from the end of one step to that of the next, mean. `kl_radius`,
+        `condition_number`, `damping`: those of the last step. `overhead`: the share of the time
+        that went into curvature. The rest are counts.
         """
         last, steps = self._last, max(self._steps, 1)
         measured = len(self._kl_used)
@@ -73,6 +74,7 @@ class Summary:
             "damping": None if last is None else last.damping,
             "measured": measured / steps,
             "bound_active": self._bound_active / steps,
+            "step_seconds": self._seconds / self._steps if self._steps else None,
             "overhead": self._curvature_seconds / max(self._seconds, 1e-9),
             **self._counts,
         }

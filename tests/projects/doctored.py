@@ -34,6 +34,23 @@ class Sparse(Classifier):
         return torch.zeros((), requires_grad=True)
 
 
+class Broken(Classifier):
+    """Fails in every trainer."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise KeyError("label")
+
+
+class Detached(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx).detach()
+
+
+class NotANumber(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
 class WithoutData(Classifier):
     train_dataloader = None
 

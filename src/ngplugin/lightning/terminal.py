@@ -22,7 +22,8 @@ def show_coverage(coverage: Coverage, optimizer: int | None = None) -> None:
     title = f"natural gradient{whose}: what preconditions each parameter"
     hidden = len(coverage.rows) - _MOST_ROWS
     shown = Coverage(coverage.rows[:_MOST_ROWS])
-    caption = f"{coverage.totals()}\n{coverage.sources()}\n{coverage.pace()}"
+    lines = (coverage.totals(), coverage.sources(), coverage.memory(), coverage.pace())
+    caption = "\n".join(lines)
     if hidden > 0:
         caption = f"{hidden} more in NaturalGradient.coverage(). {caption}"
     try:
@@ -72,9 +73,10 @@ def in_words(numbers: Mapping[str, float | None]) -> str:
         value = numbers.get(name)
         return "unknown" if value is None else format(value, form)
 
-    steps = numbers["steps"] or 0
+    steps, seconds = numbers["steps"] or 0, numbers.get("step_seconds")
+    step = "" if seconds is None else f"{1e3 * seconds:,.3g} ms a step, "
     return (
         f"{steps:,.0f} steps; KL of a step {known('kl_mean', '.3g')} on average, at most "
         f"{known('kl_max', '.3g')} nats; condition number {known('condition_number', '.1e')}; "
-        f"{known('overhead', '.0%')} of the time in curvature"
+        f"{step}{known('overhead', '.0%')} of the time in curvature"
     )

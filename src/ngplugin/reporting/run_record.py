@@ -85,7 +85,7 @@ class RunRecord:
         return found
 
     def numbers(self) -> dict[str, float | None]:
-        """As `Summary.numbers` gives them, from what was written; each step counts as one second.
+        """As `Summary.numbers` gives them, from what was written, without the seconds of a step.
 
         What a logger does not get is not there: a measurement that was not made, an infinite
         radius.
@@ -99,7 +99,7 @@ class RunRecord:
         for step, values in sorted(steps.items()):
             known = {name: values.get(name, other) for name, other in _MISSING.items()}
             summary.add(StepReport(step=step, seconds=1.0, **known))  # type: ignore[arg-type]
-        return summary.numbers()
+        return {**summary.numbers(), "step_seconds": None}
 
 
 def record_of(history: History) -> RunRecord:
