@@ -195,7 +195,7 @@ def _prepare_wandb(key: str, node: DictConfig) -> bool:
     if not os.access(Path.home(), os.W_OK):  # else its own log comes to the terminal
         os.environ.setdefault("WANDB_CACHE_DIR", str(node.get("save_dir", ".")))
     if not _MAY_SEND[mode]:
-        node.offline = True
+        node["offline"] = True
     elif not node.get("offline", False):
         _sign_in(f"{key}.offline=false", wandb)
     elif "WANDB_MODE" in os.environ:
