@@ -26,6 +26,8 @@ OTHERS = (
     "commands",
     "explain",
     "grid",
+    "interrupted_sweeps",
+    "median_stopping",
     "notebook",
     "other_tasks",
     "race",
@@ -36,6 +38,7 @@ OTHERS = (
     "sweeps",
     "tasks",
     "train",
+    "wandb",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -65,3 +66,30 @@ def compose_config(tmp_path: Path) -> Callable[..., DictConfig]:
         return cfg
 
     return composed
+
+
+@pytest.fixture
+def program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """`train.py -m` in this process, in an empty folder; returns what it printed."""
+    from train import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    # For other processes, which start in that folder.
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}")
+
+    def run(*arguments: str, status: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
+        capfd.readouterr()
+        try:
+            main()
+            ended = 0
+        except SystemExit as end:
+            ended = int(end.code or 0)
+        printed = capfd.readouterr()
+        assert ended == status, printed.err
+        return printed.out + printed.err
+
+    return run

@@ -1,81 +1,24 @@
-"""Sweeps: searches, launchers, going on after an interruption, and what wandb is told."""
+"""Searches and launchers: what a sweep proposes, which way is better, where its runs are."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from experiments import command_line, training
+from experiments import command_line
 from experiments.command_line import CommandLineError, check
-from experiments.finished import finished_results
-from experiments.median_stopping import MedianStopping
 from experiments.study import _direction
-from experiments.summary import write_results
-from experiments.sweep import Leaderboard, leaderboard_of_what_there_is
-from experiments.training import train
-from train import _metric, main
-
-REPOSITORY = Path(__file__).parents[1]
-# Half a second: the smallest task, a few steps, nothing written that is not looked at.
-TINY = (
-    "trainer=quick",
-    "trainer.limit_train_batches=3",
-    "trainer.accelerator=cpu",
-    "data=digits",
-    "model=mlp",
-    "model.hidden=[8]",
-    "callbacks=none",
-    "logger=none",
-    "report=false",
-)
-SEARCH = ("hparams_search=natgrad_optuna", *TINY, "logger=csv", "metric=val/loss")
-Compose = Callable[..., DictConfig]
-Program = Callable[..., str]
-
-
-@pytest.fixture
-def program(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Program:
-    """`train.py -m` in this process, in an empty folder; returns what it printed."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-    # For other processes, which start in that folder.
-    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}{os.pathsep}{REPOSITORY}")
-
-    def run(*arguments: str, status: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *arguments])
-        capfd.readouterr()
-        try:
-            main()
-            ended = 0
-        except SystemExit as end:
-            ended = int(end.code or 0)
-        printed = capfd.readouterr()
-        assert ended == status, printed.err
-        return printed.out + printed.err
-
-    return run
-
-
-def results(folder: Path) -> dict[str, dict[str, Any]]:
-    """Of every run of a sweep, by the name of its folder."""
-    return {p.parent.name: json.loads(p.read_text()) for p in folder.glob("*/results.json")}
+from tests.environment import REPOSITORY
+from tests.small_sweeps import SEARCH, TINY, Compose, Program, composed, results
+from train import _metric
 
 
 def proposed(folder: Path) -> dict[str, list[str]]:
@@ -84,9 +27,6 @@ def proposed(folder: Path) -> dict[str, list[str]]:
         path.parents[1].name: [o for o in OmegaConf.load(path) if o.startswith("optimizer.")]
         for path in found
     }
-
-
-# -- searches ------------------------------------------------------------------------------------
 
 
 def test_a_search_finds_the_best_and_goes_on_in_its_folder(
@@ -243,11 +183,6 @@ def test_what_is_not_finite_is_no_number_to_a_sweeper() -> None:
 # -- launchers -----------------------------------------------------------------------------------
 
 
-def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        return compose("train", list(overrides), return_hydra_config=True)
-
-
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
 def test_runs_in_other_processes(launcher: str, program: Program, tmp_path: Path) -> None:
     settings = {
@@ -288,300 +223,3 @@ def test_the_slurm_script_asks_for_what_the_config_says(
     (script,) = made
     for line in ("partition=short", "cpus-per-task=2", "mem=8GB", "time=60", "nodes=1"):
         assert f"#SBATCH --{line}\n" in script
-
-
-# -- sweeps that ended early ---------------------------------------------------------------------
-
-
-def test_a_killed_sweep_goes_on(
-    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sweep = tmp_path / "killed"
-    arguments = ["optimizer=sgd", "seed=0,1,2", *TINY, "logger=csv", "hydra.sweep.dir=killed"]
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "train.py"), "-m", *arguments],
-        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        while not (sweep / "1-sgd-seed1" / "config.yaml").exists():
-            assert process.poll() is None
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    kept = results(sweep)
-    assert "0-sgd-seed0" in kept
-    assert "2-sgd-seed2" not in kept
-    (sweep / "1-sgd-seed1" / "results.json").unlink(missing_ok=True)  # if it was that fast
-    (sweep / "1-sgd-seed1" / "left.ckpt").touch()
-
-    printed = program(*arguments)
-    assert printed.count("Finished before, not run again") == 1
-    assert f"Finished before, not run again: {sweep / '0-sgd-seed0'}" in printed
-    assert len(results(sweep)) == 3
-    assert results(sweep)["0-sgd-seed0"] == kept["0-sgd-seed0"]
-    assert not (sweep / "1-sgd-seed1" / "left.ckpt").exists()
-    assert (sweep / "1-sgd-seed1" / "interrupted-1" / "left.ckpt").exists()
-    assert "1 settings, 3 runs" in printed
-
-    monkeypatch.setattr(command_line, "_TRACEBACKS", True)  # of which a callback makes a warning
-    printed = program(*arguments, "model.hidden=[9]", status=2)
-    assert "the sweep in it was begun with overrides optimizer=sgd" in printed
-    assert "model.hidden=[9]" in printed
-    overrides = (sweep / "0-sgd-seed0" / ".hydra" / "overrides.yaml").read_text()
-    assert "[9]" not in overrides  # nothing was touched
-
-
-def test_a_sweep_that_fails_shows_what_it_has_and_how_to_go_on(program: Program) -> None:
-    arguments = ["optimizer=sgd", "optimizer.lr=0.1,0.2,-1", *TINY, "logger=csv"]
-    printed = program(*arguments, status=2)
-    assert "2 settings, 2 runs" in printed
-    assert "train.py: error: optimizer: Invalid learning rate: -1" in printed
-    (command,) = [x for x in printed.splitlines() if x.startswith("To go on: ")]
-    start = "To go on: python train.py -m optimizer=sgd optimizer.lr=0.1,0.2,-1 trainer=quick "
-    assert command.startswith(start)
-    again = command.rpartition(" ")[2]
-    assert re.fullmatch(r"hydra\.sweep\.dir=multirun/[\d-]+/[\d-]+", again)
-    assert program(*arguments, again, status=2).count("Finished before") == 2
-
-
-@pytest.mark.parametrize("search", [False, True])
-def test_a_run_that_fails_does_not_keep_the_others_from_being_run(
-    search: bool, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fit, calls = training._fit_and_test, []
-
-    def failing(*arguments: Any) -> dict[str, Any]:
-        calls.append(arguments)
-        if len(calls) == 1:
-            raise MemoryError("all of it")
-        return fit(*arguments)
-
-    monkeypatch.setattr(training, "_fit_and_test", failing)
-    if search:
-        program(*SEARCH, "hydra.sweep.dir=sweep", "hydra.sweeper.n_trials=2")
-        found = OmegaConf.load(tmp_path / "sweep" / "optimization_results.yaml")
-        (run,) = results(tmp_path / "sweep").values()
-        assert found.best_value == run["val/loss"]
-    else:
-        with pytest.raises(MemoryError, match="all of it"):
-            program("optimizer=sgd", "seed=0,1,2", *TINY, "hydra.sweep.dir=sweep")
-        assert set(results(tmp_path / "sweep")) == {"1-sgd-seed1", "2-sgd-seed2"}
-
-
-def test_after_ctrl_c_the_way_on_is_said_too(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "0-adamw-seed0" / ".hydra").mkdir(parents=True)
-    sweep = {"sweep": {"dir": str(tmp_path)}, "sweeper": {}}
-    monkeypatch.setattr(Leaderboard, "begun", OmegaConf.create({"hydra": sweep, "metric": "a"}))
-    arguments = ["-m", "seed=0,1", "hydra.sweep.dir=old"]
-    with pytest.raises(SystemExit) as ended, leaderboard_of_what_there_is(arguments):
-        raise KeyboardInterrupt
-    assert ended.value.code == 130
-    expected = f"To go on: python train.py -m seed=0,1 hydra.sweep.dir={tmp_path}\n"
-    assert capsys.readouterr().out.endswith(expected)
-    with pytest.raises(KeyboardInterrupt), leaderboard_of_what_there_is(arguments):
-        raise KeyboardInterrupt  # no sweep, nothing to say
-
-
-def test_a_finished_run_is_known_by_its_config(compose_config: Compose, tmp_path: Path) -> None:
-    cfg = compose_config(*TINY, "optimizer.lr=0.1234567890123456")
-    assert finished_results(cfg, tmp_path) is None
-    OmegaConf.save(cfg, tmp_path / "config.yaml", resolve=True)
-    write_results(tmp_path / "results.json", {"steps": 3, "val/loss": float("nan")})
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "results.json"}
-    assert finished_results(cfg, tmp_path) == {"steps": 3, "val/loss": None}
-    cfg.metric = "test/loss"  # how it is judged is no part of it
-    assert finished_results(cfg, tmp_path) is not None
-    cfg.optimizer.lr = 0.2
-    expected = "optimizer.lr=0.1234567890123456, not 0.2; choose another hydra.sweep.dir"
-    with pytest.raises(CommandLineError, match=re.escape(expected)):
-        finished_results(cfg, tmp_path)
-
-
-def test_what_an_interrupted_run_left_is_set_aside_by_the_first_process(
-    compose_config: Compose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cfg = compose_config(*TINY)
-    (tmp_path / "config.yaml").touch()
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / ".hydra").mkdir()
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert finished_results(cfg, tmp_path) is None
-    assert (tmp_path / "checkpoints").exists()
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    assert finished_results(cfg, tmp_path) is None
-    assert {path.name for path in tmp_path.iterdir()} == {".hydra", "interrupted-1"}
-    (tmp_path / "config.yaml").touch()
-    assert finished_results(cfg, tmp_path) is None
-    assert {path.name for path in tmp_path.iterdir()} == {
-        ".hydra", "interrupted-1", "interrupted-2",
-    }  # fmt: skip
-    assert (tmp_path / "interrupted-1" / "checkpoints").exists()
-
-
-def test_results_are_there_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("os.replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        write_results(tmp_path / "results.json", {"steps": 3})
-    assert not (tmp_path / "results.json").exists()
-
-
-# -- wandb ---------------------------------------------------------------------------------------
-
-
-def test_wandb_is_told_what_a_run_is(program: Program, tmp_path: Path) -> None:
-    from wandb.proto import wandb_internal_pb2
-
-    from ngplugin.reporting import wandb_file
-
-    options = [option for option in TINY if option != "logger=none"]
-    program("optimizer=sgd", "optimizer.lr=0.125", *options, "hydra.sweep.dir=some/sweep")
-    (path,) = tmp_path.rglob("*.wandb")
-    _, config = wandb_file.read(path)
-    assert config["optimizer"]["lr"] == 0.125
-    assert config["data"]["seed"] == 0  # resolved
-    assert config["run"]["output_dir"] == str(tmp_path / "some" / "sweep" / "0-sgd-seed0")
-    assert "optimizer.lr=0.125" in config["run"]["overrides"]
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    assert (config["run"]["commit"] or "").removesuffix("-dirty") == commit
-
-    for data in wandb_file.records(path.read_bytes()):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "run":
-            run = record.run
-    assert (run.run_group, run.display_name, run.job_type) == ("sweep", "0-sgd-seed0", "train")
-    assert list(run.tags) == ["sgd", "digits", "mlp"]
-
-
-def test_the_groups_and_names_of_wandb_can_be_chosen(compose_config: Compose) -> None:
-    from experiments.loggers import _identity
-
-    cfg = compose_config("logger=wandb", "logger.wandb.group=mine", "experiment=digits_mlp")
-    node = OmegaConf.to_container(cfg.logger.wandb, resolve=True)
-    assert _identity(node)["group"] == "mine"
-    assert _identity(node)["tags"] == ["natgrad", "digits", "mlp", "digits_mlp"]
-    assert _identity({})["group"] is None  # a single run belongs with no others
-    assert _identity({"name": "first"})["name"] == "first"
-
-
-def agents_command(parameters: dict[str, Any]) -> list[str]:
-    """What an agent of wandb starts, by wandb's own code, but for the process."""
-    from wandb.wandb_agent import Agent
-
-    sweep = OmegaConf.load(REPOSITORY / "sweeps" / "natgrad_wandb.yaml")
-    started: list[list[str]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "wandb.wandb_agent.AgentProcess", lambda command, **_: started.append(command)
-        )
-        patch.setattr("wandb.wandb_agent.config_util.save_config_file_from_dict", lambda *_: None)
-        patch.setenv("WANDB_RUN_ID", "set by the agent")
-        patch.setenv("WANDB_SWEEP_PARAM_PATH", "set by the agent")
-        agent = Agent.__new__(Agent)
-        agent._in_jupyter, agent._function, agent._forward_signals = False, None, False
-        raw = OmegaConf.to_container(sweep, resolve=False)
-        agent._sweep_command = list(raw["command"])
-        agent._run_processes = _Ignoring()
-        arguments = {key: {"value": value} for key, value in parameters.items()}
-        agent._command_run({"run_id": "r", "program": sweep.program, "args": arguments})
-    (command,) = started
-    return command
-
-
-class _Ignoring(dict[str, Any]):
-    """Where the agent keeps the process that is none."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(key, type("Process", (), {"last_sigterm_time": None})())
-
-
-def test_an_agent_of_wandb_starts_what_train_py_understands() -> None:
-    sweep = OmegaConf.load(REPOSITORY / "sweeps" / "natgrad_wandb.yaml")
-    parameters = OmegaConf.to_container(sweep.parameters)
-    first = {k: p.get("min", p.get("values", [None])[0]) for k, p in parameters.items()}
-    last = {k: p.get("max", p.get("values", [None])[-1]) for k, p in parameters.items()}
-    for values in (first, last):
-        environment, python, script, *arguments = agents_command(values)
-        assert (environment, python, script) == ("/usr/bin/env", "python", "train.py")
-        assert {f"{key}={value}" for key, value in values.items()} < set(arguments)
-        check(arguments, REPOSITORY / "conf", "train")
-        cfg = composed(*arguments)
-        assert cfg.logger.wandb.offline is False
-        assert cfg.metric == sweep.metric.name
-        assert cfg.logger.wandb.project == sweep.project
-        assert _direction(cfg.metric, sweep.metric.goal) == sweep.metric.goal
-        assert cfg.optimizer.layer_balance == values["optimizer.layer_balance"]
-
-
-# -- stopping early ------------------------------------------------------------------------------
-
-VALIDATED = [option for option in TINY if option not in ("callbacks=none", "logger=none")] + [
-    "trainer.max_steps=-1",
-    "trainer.max_epochs=4",
-    "callbacks=median_stopping",
-    "callbacks.median_stopping.least_runs=2",
-    "callbacks.median_stopping.warmup=1",
-    "logger=csv",
-    "optimizer=adamw",
-    "metric=val/loss",
-]
-
-
-def test_runs_worse_than_the_median_are_stopped(program: Program, tmp_path: Path) -> None:
-    rates = "0.03,0.02,1e-6,0.05"
-    program(*VALIDATED, f"optimizer.lr={rates}", "hydra.sweep.dir=rates")
-    runs = results(tmp_path / "rates")
-    assert [values["steps"] for _, values in sorted(runs.items())] == [12, 12, 6, 12]
-    stopped = runs["2-adamw-seed0"]
-    assert stopped["stopped/step"] == 6
-    assert stopped["stopped/counts_as"] == stopped["val/loss"]  # worse than the others' ends
-    assert _metric("val/loss", stopped) == stopped["val/loss"]
-    better = stopped | {"stopped/counts_as": 9.0}
-    assert _metric("val/loss", better) == 9.0
-    (entry,) = [
-        entry
-        for entry in json.loads((tmp_path / "rates" / "leaderboard.json").read_text())
-        if entry["setting"] == "optimizer.lr=1e-06"
-    ]
-    assert len(entry["runs"]) == 1
-
-
-def test_a_stopped_run_counts_no_better_than_the_others_ended(tmp_path: Path) -> None:
-    """Overfitted ones end worse than they were: one stopped before that is not the best."""
-    for i in range(2):
-        (tmp_path / str(i)).mkdir()
-        curve = "step,val/loss\n2,0.3\n5,0.9\n"
-        (tmp_path / str(i) / "metrics.csv").write_text(curve)
-        write_results(tmp_path / str(i) / "results.json", {"val/loss": 0.9})
-    callback = MedianStopping("val/loss", str(tmp_path), warmup=0, least_runs=2)
-    trainer = SimpleNamespace(
-        callback_metrics={"val/loss": 0.25}, global_step=3, sanity_checking=False, should_stop=False
-    )
-    module: Any = None
-    callback.on_fit_start(trainer, module)
-    callback.on_validation_end(trainer, module)
-    assert not trainer.should_stop
-    trainer.callback_metrics["val/loss"] = 0.4  # but its best is 0.25
-    callback.on_validation_end(trainer, module)
-    assert not trainer.should_stop
-    callback = MedianStopping("val/loss", str(tmp_path), warmup=0, least_runs=2)
-    callback.on_fit_start(trainer, module)
-    callback.on_validation_end(trainer, module)
-    assert trainer.should_stop
-    assert callback.facts == {"stopped/step": 3, "stopped/counts_as": 0.9}
-
-
-def test_median_stopping_needs_what_is_validated(compose_config: Compose, tmp_path: Path) -> None:
-    cfg = compose_config(*VALIDATED, "metric=test/loss")
-    with pytest.raises(CommandLineError, match="expected a metric that is logged at validations"):
-        train(cfg, tmp_path)
