@@ -78,8 +78,9 @@ def _prepare_wandb(key: str, node: dict[str, Any]) -> bool:
         print(f"{key}: wandb is not installed (pip install wandb); this run has metrics.csv only")
         return False
     os.environ.setdefault("WANDB_SILENT", "true")  # no greetings
-    if not os.access(Path.home(), os.W_OK):  # else its own log comes to the terminal
-        os.environ.setdefault("WANDB_CACHE_DIR", str(node.get("save_dir", ".")))
+    if not os.access(Path.home(), os.W_OK):  # where it keeps what it sends, and its own log
+        for folder in ("WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+            os.environ.setdefault(folder, str(node.get("save_dir", ".")))
     if not _MAY_SEND[mode]:
         node["offline"] = True
     elif not node.get("offline", False):

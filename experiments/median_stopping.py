@@ -15,7 +15,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from ngplugin.reporting.comparison import STOPPED, final, higher_is_better
+from ngplugin.reporting.leaderboard import STOPPED, final, higher_is_better
 from ngplugin.reporting.run_record import RunNotFoundError, RunRecord, read_run
 
 

@@ -39,7 +39,7 @@ def _direction(metric: str, asked: Any) -> str:
     Raises:
         CommandLineError: the name of the metric does not say, or says otherwise.
     """
-    from ngplugin.reporting.comparison import higher_is_better
+    from ngplugin.reporting.leaderboard import higher_is_better
 
     known = None
     if higher_is_better(metric):

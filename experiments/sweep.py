@@ -119,7 +119,8 @@ def show(folder: Path, metric: str | None = None, higher: bool | None = None) ->
     from ngplugin.errors import NgpluginError
 
     try:
-        from ngplugin.reporting.comparison import comparison_page, read_sweep, write_leaderboard
+        from ngplugin.reporting.comparison import comparison_page
+        from ngplugin.reporting.leaderboard import read_sweep, write_leaderboard
     except ModuleNotFoundError as missing:
         print(no_page(missing))
         return

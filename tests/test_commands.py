@@ -73,6 +73,26 @@ NOT_RUN = {
         "ten seconds, as another one that is run",
         _SCALING,
     ),
+    "make docs": ("is built by a test", "test_every_page_is_there"),
+    "python -m http.server --directory build/site": ("goes on for ever", NOBODY),
+    "python -m experiments.explain": (
+        "rewrites a page",
+        "test_the_script_writes_pictures_and_captions",
+    ),
+    ".venv/bin/python -m jupyter nbconvert --to notebook --execute --inplace "
+    "--ExecutePreprocessor.record_timing=False docs/notebook.ipynb": (
+        "rewrites the notebook",
+        "test_it_puts_out_what_it_was_committed_with",
+    ),
+    "wandb login": ("needs an account", NOBODY),
+    "wandb sweep sweeps/natgrad_wandb.yaml": (
+        "needs an account",
+        "test_an_agent_of_wandb_starts_what_train_py_understands",
+    ),
+    "wandb agent ENTITY/ngplugin/SWEEP": (
+        "needs an account",
+        "test_an_agent_of_wandb_starts_what_train_py_understands",
+    ),
     ".venv/bin/python -m pytest tests/test_trust_region.py": ("is run with all tests", NOBODY),
     "source .venv/bin/activate": ("is for a shell", NOBODY),
     "pre-commit install": (

@@ -17,8 +17,8 @@ from torch import nn
 from ngplugin import NaturalGradient
 from ngplugin.command_line import main
 from ngplugin.reporting import wandb_file
-from ngplugin.reporting.comparison import (
-    comparison_page,
+from ngplugin.reporting.comparison import comparison_page
+from ngplugin.reporting.leaderboard import (
     higher_is_better,
     leaderboard,
     read_sweep,

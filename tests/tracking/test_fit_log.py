@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 from typing import Any
 
 import matplotlib.figure
@@ -14,8 +15,11 @@ from ngplugin.reporting.pictures import PICTURES
 from ngplugin.reporting.run_page import run_page
 from ngplugin.reporting.run_record import read_run
 from ngplugin.tracking.coverage import FILE, log_coverage, read_coverage
+from ngplugin.tracking.fit_log import FitLog
 from ngplugin.tracking.spectra import read_spectra
 from tests.tracking.conftest import Fit, history, records
+from tests.tracking.test_metrics import report
+from tests.tracking.test_spectra import block
 
 
 def _logged(fit: Fit) -> dict[str, Any]:
@@ -94,10 +98,10 @@ def test_a_run_is_read_back_from_wandb_alone(fit: Fit) -> None:
     assert len(alone.spectra) == len(ours.spectra) >= 2
     for (step, blocks), (same, others) in zip(alone.spectra, ours.spectra, strict=True):
         assert step == same
-        for block, other in zip(blocks, others, strict=True):
-            assert block.name == other.name
-            assert block.counts[1:] == pytest.approx(other.counts[1:], abs=1e-4)
-            assert block.condition == pytest.approx(other.condition, rel=1e-4)
+        for one, other in zip(blocks, others, strict=True):
+            assert one.name == other.name
+            assert one.counts[1:] == pytest.approx(other.counts[1:], abs=1e-4)
+            assert one.condition == pytest.approx(other.condition, rel=1e-4)
     names = {name for name in alone.metrics if name.count("/") == 1}
     assert names == {name for name in ours.metrics if name.startswith("natgrad/")}
 
@@ -126,3 +130,42 @@ def test_kl_and_step_scale_are_among_the_callback_metrics(fit: Fit) -> None:
     *_, last = (r for r in fit.callback._logs[0].history.reports if r.kl is not None)
     assert float(fit.metrics["natgrad/kl"]) == pytest.approx(last.kl)
     assert float(fit.metrics["natgrad/step_scale"]) == pytest.approx(last.step_scale)
+
+
+class Full:
+    """A logger without room."""
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+
+class CSVLogger(Full):
+    """One that is known by its name; nothing can be made in its folder."""
+
+    log_dir = "/proc/no/folder"
+
+
+class Counting:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log_metrics(self, metrics: Any, step: int) -> None:
+        self.steps.append(step)
+
+
+def test_a_logger_that_fails_is_told_of_once_and_hinders_nobody(fit: Fit) -> None:
+    counting = Counting()
+    log = FitLog(0, [Full(), CSVLogger(), counting])
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for step in range(4):
+            log.step(report(step=step, spectra=(block(),)), step)
+        log.coverage(fit.callback.coverage())
+        log.end(list)
+    assert counting.steps == [0, 1, 2, 3]
+    assert log.summary.numbers()["steps"] == 4
+    said = [str(warning.message) for warning in told]
+    assert [text.split(" could")[0] for text in said] == [
+        "ngplugin: metrics", "ngplugin: spectra", "ngplugin: the coverage table",
+    ]  # fmt: skip
+    assert "(OSError: [Errno 28] No space left on device); training goes on" in said[0]

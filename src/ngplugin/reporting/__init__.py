@@ -1,4 +1,5 @@
 """Looking at runs afterwards: what they left in their folders, in pictures and words.
 
-Nothing of this is imported by training. Pictures need matplotlib, `pip install ngplugin[report]`.
+Training imports this only when it has ended, to draw for loggers. Pictures need matplotlib,
+`pip install ngplugin[report]`.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from ngplugin.tracking.spectra import log_spectra
 
 class FitLog:
     """Of one fit and optimizer.
+
+    A logger that fails in the middle, for want of room or of a network, is told of in one warning;
+    training goes on without what it did not write.
 
     Args:
         optimizer: its number, which its metrics' names have; of the first there is none.
@@ -40,6 +44,7 @@ class FitLog:
         self._showing = loggers if writes else ()
         self._alerts = Alerts()
         self._last = 0
+        self._told: set[str] = set()  # of which failures
         self.steps = 0
         self.summary = Summary()
         self.history = History()
@@ -63,13 +68,14 @@ class FitLog:
         self.steps += 1
         self.summary.add(report)
         self.history.add(report)
-        log_step(self._loggers, report, step, self._optimizer)
-        log_spectra(self._showing, report.spectra, step, self._optimizer)
-        self._alerts.step(self._showing, report)
+        for logger in self._loggers:
+            self._write("metrics", log_step, [logger], report, step, self._optimizer)
+        self._show("spectra", log_spectra, report.spectra, step)
+        self._write("alerts", self._alerts.step, self._showing, report)
 
     def coverage(self, coverage: Coverage) -> None:
         """Once blocks are known."""
-        log_coverage(self._showing, coverage, self._last, self._optimizer)
+        self._show("the coverage table", log_coverage, coverage, self._last)
 
     def end(self, spectra: Callable[[], Sequence[BlockSpectrum]]) -> None:
         """After the last.
@@ -84,12 +90,26 @@ class FitLog:
         if not kept or kept[-1][0] < self.history.last:
             found = spectra()
             self.history.add_spectra(self.history.last, found)
-            log_spectra(self._showing, found, self._last, self._optimizer)
-        log_end(
-            self._showing, self.history, self.summary.numbers(), self.diagnosis(), self._last,
-            self._optimizer,
-        )  # fmt: skip
+            self._show("spectra", log_spectra, found, self._last)
+        numbers, findings = self.summary.numbers(), self.diagnosis()
+        self._show("pictures", log_end, self.history, numbers, findings, self._last)
 
     def diagnosis(self) -> list[Finding]:
         """What the numbers say."""
         return diagnose(self.summary.numbers())
+
+    def _show(self, what: str, write: Callable[..., None], *values: Any) -> None:
+        for logger in self._showing:
+            self._write(what, write, [logger], *values, self._optimizer)
+
+    def _write(self, what: str, write: Callable[..., None], *values: Any) -> None:
+        try:
+            write(*values)
+        except Exception as error:
+            if what not in self._told:
+                self._told.add(what)
+                warnings.warn(
+                    f"ngplugin: {what} could not be logged ({type(error).__name__}: {error}); "
+                    "training goes on, and this is said once.",
+                    stacklevel=2,
+                )
