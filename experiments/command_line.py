@@ -62,7 +62,7 @@ def errors_in_one_line(program: str, *, always: bool = False) -> Iterator[None]:
     try:
         yield
     except (CommandLineError, HydraException, OmegaConfBaseException, OSError) as error:
-        if isinstance(error, OSError) and not _of_a_file(error):
+        if not _is_the_users(error):
             raise
         sys.stderr.write(f"{program}: error: {_one_line(error)}\n")
         raise SystemExit(2) from None
@@ -72,7 +72,9 @@ def errors_in_one_line(program: str, *, always: bool = False) -> Iterator[None]:
             os.environ[_FULL_ERROR] = before
 
 
-def _of_a_file(error: OSError) -> bool:
+def _is_the_users(error: Exception) -> bool:
+    if isinstance(error, HydraException) or not isinstance(error, OSError):  # one of its is both
+        return True
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 

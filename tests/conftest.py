@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +21,16 @@ from tests.environment import REPOSITORY, Environment
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _wandb_as_it_was() -> Iterator[None]:
+    """A logger of Lightning that is offline says so to the whole process."""
+    before = os.environ.get("WANDB_MODE")
+    yield
+    os.environ.pop("WANDB_MODE", None)
+    if before is not None:
+        os.environ["WANDB_MODE"] = before
 
 
 @pytest.fixture(scope="session")
