@@ -173,11 +173,15 @@ def test_what_is_in_names_is_no_markup(
 
 
 @needs_chromium
-def test_a_browser_shows_the_page_without_complaint(
+def test_a_browser_shows_the_pages_without_complaint(
     trained: tuple[Path, NaturalGradient], tmp_path: Path
 ) -> None:
     path = run_page(read_run(trained[0])).write(tmp_path)
     assert opened(path.as_uri(), tmp_path).count("<svg") == len(PICTURES)
+    sweep(tmp_path / "sweep", {"adamw": [0.3, 0.5], "natgrad": [0.1, 0.2]})
+    page = comparison_page(tmp_path / "sweep")
+    shown = opened(page.write(tmp_path / "sweep").as_uri(), tmp_path)
+    assert shown.count("<svg") == len(page.pictures) >= 4
 
 
 # -- several runs --------------------------------------------------------------------------------
