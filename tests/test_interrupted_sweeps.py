@@ -51,7 +51,7 @@ def test_a_killed_sweep_goes_on(
     assert results(sweep)["0-sgd-seed0"] == kept["0-sgd-seed0"]
     assert not (sweep / "1-sgd-seed1" / "left.ckpt").exists()
     assert (sweep / "1-sgd-seed1" / "interrupted-1" / "left.ckpt").exists()
-    assert "1 settings, 3 runs" in printed
+    assert "1 setting, 3 runs" in printed
 
     monkeypatch.setattr(command_line, "_TRACEBACKS", True)  # of which a callback makes a warning
     printed = program(*arguments, "model.hidden=[9]", status=2)

@@ -56,7 +56,8 @@ def comparison_page(folder: Path, metric: str | None = None, higher: bool | None
                     caption += f" The first {len(shown)} of {len(groups)} settings."
                 pictures.append(Shown(file, f"{name} against {axis}", caption, figure))
     count = sum(len(group.runs) for group in groups)
-    return Page(f"{len(groups)} settings, {count} runs", str(folder), (), tables, pictures)
+    settings = "setting" if len(groups) == 1 else "settings"
+    return Page(f"{len(groups)} {settings}, {count} runs", str(folder), (), tables, pictures)
 
 
 def _shared_metrics(groups: Sequence[Group]) -> list[str]:
