@@ -26,6 +26,7 @@ from experiments.finished import CONFIG, RESULTS
 from experiments.loggers import made_loggers, origin
 from experiments.median_stopping import MedianStopping
 from experiments.summary import write_results
+from experiments.targets import check_targets
 from experiments.tasks.splits import SplitData
 from experiments.tasks.task import Task
 
@@ -43,6 +44,7 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         CommandLineError: a value in the config cannot work.
     """
+    check_targets(cfg)
     _leave_terminal_to_progress_bar()
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(cfg, folder / CONFIG, resolve=True)
