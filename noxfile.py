@@ -36,6 +36,7 @@ OTHERS = (
     "support",
     "surroundings",
     "sweeps",
+    "targets",
     "tasks",
     "train",
     "wandb",

@@ -24,13 +24,11 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _wandb_as_it_was() -> Iterator[None]:
+def _wandb_has_no_mode() -> Iterator[None]:
     """A logger of Lightning that is offline says so to the whole process."""
-    before = os.environ.get("WANDB_MODE")
+    os.environ.pop("WANDB_MODE", None)  # by a fixture of many tests
     yield
     os.environ.pop("WANDB_MODE", None)
-    if before is not None:
-        os.environ["WANDB_MODE"] = before
 
 
 @pytest.fixture(scope="session")
