@@ -37,6 +37,8 @@ def check_targets(cfg: DictConfig) -> None:
         CommandLineError: with the key, what it names, and what it may.
     """
     container = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(container, dict)
+    container.pop("hydra", None)  # Hydra's own classes, which it has made by now
     for key, target in _targets(container, ""):
         beginning = next((b for b in _ALLOWED if target.startswith(b)), None)
         if beginning is None or not _is_of(target, beginning):

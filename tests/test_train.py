@@ -225,8 +225,8 @@ def test_without_logger_and_callbacks(compose_config: Compose, tmp_path: Path) -
 
 def test_online_wandb_is_told_apart_by_its_target(compose_config: Compose, tmp_path: Path) -> None:
     cfg = compose_config(*SMALL, "logger=wandb", "optimizer=sgd")
-    cfg.logger.wandb._target_ = "no.such.WandbLogger"
-    with pytest.raises(CommandLineError, match=r"logger: .*no\.such\.WandbLogger"):
+    cfg.logger.wandb._target_ = "lightning.pytorch.loggers.no.WandbLogger"
+    with pytest.raises(CommandLineError, match=r"logger: .*loggers\.no\.WandbLogger"):
         train(cfg, tmp_path)
 
 
