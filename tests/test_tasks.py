@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from experiments.muon import MuonWithAdamW
@@ -17,7 +19,7 @@ from experiments.tasks.fashion_mnist import FashionMNIST, read_idx
 from experiments.tasks.images import ImageData
 from experiments.tasks.mnist5k import MNIST5k
 from experiments.tasks.networks import cnn, dense, mlp
-from experiments.tasks.schedules import cosine
+from experiments.tasks.schedules import constant, cosine
 
 
 def write_idx(path: Path, values: torch.Tensor) -> None:
@@ -152,6 +154,13 @@ def test_networks_refuse_layers_that_cannot_be() -> None:
         dense(2, 1, [4], "sigmoid")
     with pytest.raises(ValueError, match="can be halved 3 times"):
         cnn((1, 8, 8), 10, [4, 4, 4, 4])
+
+
+def test_cosine_needs_to_know_where_the_run_ends() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(MisconfigurationException, match=r"schedule=cosine: .* schedule=constant"):
+        cosine(optimizer, math.inf)
+    assert constant(optimizer, math.inf).get_last_lr() == [1.0]
 
 
 def test_cosine_rises_falls_and_stays_at_the_floor() -> None:

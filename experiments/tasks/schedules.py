@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def constant(optimizer: Optimizer, steps: int) -> LambdaLR:
+def constant(optimizer: Optimizer, steps: float) -> LambdaLR:
     """Always the full learning rate."""
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
-def cosine(optimizer: Optimizer, steps: int, warmup: int = 0, floor: float = 0.0) -> LambdaLR:
+def cosine(optimizer: Optimizer, steps: float, warmup: int = 0, floor: float = 0.0) -> LambdaLR:
     """Up on a straight line, then down on half a cosine wave.
 
     Args:
@@ -24,7 +25,13 @@ def cosine(optimizer: Optimizer, steps: int, warmup: int = 0, floor: float = 0.0
 
     Raises:
         ValueError: `warmup` or `floor` is out of range.
+        MisconfigurationException: the run has no last step.
     """
+    if math.isinf(steps):
+        raise MisconfigurationException(
+            "schedule=cosine: has to know where the run ends, but trainer.max_epochs and "
+            "trainer.max_steps are -1; give one of them, or schedule=constant"
+        )
     if warmup < 0 or not 0 <= floor <= 1:
         raise ValueError(
             f"warmup={warmup}, floor={floor}: expected a number of steps and a share in [0, 1]"

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
-MakeScheduler = Callable[[Optimizer, int], LRScheduler]
+MakeScheduler = Callable[[Optimizer, float], LRScheduler]
 
 
 class Task(L.LightningModule, ABC):
@@ -86,7 +86,7 @@ class Task(L.LightningModule, ABC):
         optimizer = self._make_optimizer(self.parameters())
         if self._make_scheduler is None:
             return optimizer
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.trainer.estimated_stepping_batches  # inf without a limit
         scheduler = self._make_scheduler(optimizer, steps)
         return {
             "optimizer": optimizer,
