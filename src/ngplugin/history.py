@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
@@ -55,8 +56,10 @@ class History:
     def add(self, report: StepReport) -> None:
         """Take in one step."""
         self.last = report.step
-        (self._others if report.kl is None else self._measured).add(report)
         self.add_spectra(report.step, report.spectra)
+        if report.spectra:  # of which there would be more than are kept
+            report = dataclasses.replace(report, spectra=())
+        (self._others if report.kl is None else self._measured).add(report)
 
     def add_spectra(self, step: int, spectra: Sequence[BlockSpectrum]) -> None:
         """Take in the spectra of a step; none if there are none."""

@@ -40,3 +40,4 @@ def test_spectra_of_many_blocks_are_kept_less_often(blocks: int) -> None:
     assert kept[0][0] == 0
     assert len(kept) * blocks <= max(4000, 16 * blocks)
     assert len(kept) >= 8
+    assert not any(each.spectra for each in history.reports)  # not a second time
