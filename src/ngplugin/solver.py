@@ -289,6 +289,8 @@ class _Subspace:
         ]
         b = [inner(u, vectors) for u in basis]
         numbers = torch.stack([*M, *b]).double().cpu()  # two by two: nothing for a device
+        if not bool(numbers.isfinite().all()):
+            return of_blocks(self._fisher, vectors)
         matrix, right = numbers[: len(M)].reshape(len(b), len(b)), numbers[len(M) :, None]
         # The last step may be zero or next to parallel to d: of all solutions the shortest.
         shares = torch.linalg.lstsq(matrix, right, driver="gelsd").solution[:, 0].tolist()

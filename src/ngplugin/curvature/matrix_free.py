@@ -100,7 +100,7 @@ class BatchFisher:
     than one takes.
 
     Args:
-        observations: with tapes; the parameters are still what they were.
+        observations: with tapes; the parameters are still, or again, what they were.
         parameters: all over which F is taken.
         total_weight: Σw.
     """
@@ -115,6 +115,7 @@ class BatchFisher:
         self._parameters = [*parameters]
         self._total_weight = total_weight
         self._kept: _Linearized | None = None
+        self._versions: list[int] = []  # of the parameters, of which it is made
 
     def product(self, vectors: Parts) -> Parts:
         """F/Σw v.
@@ -131,6 +132,9 @@ class BatchFisher:
         """
         given = [vectors.get(id(p), torch.zeros_like(p)) for p in self._parameters]
         result = {id(p): torch.zeros_like(p) for p in self._parameters}
+        versions = [p._version for p in self._parameters]
+        if versions != self._versions:  # a step was tried and taken back, which autograd minds
+            self._versions, self._kept = versions, None
         for observation in self._observations:
             linearized = self._kept or _Linearized.of(observation, self._parameters)
             if len(self._observations) == 1:

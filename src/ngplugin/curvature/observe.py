@@ -344,10 +344,13 @@ class Observer(TorchFunctionMode):
             try:
                 with unannounced(loss.predictions):
                     self._backward.run(observation, loss, weights)
-            except RuntimeError as refusal:
-                if type(refusal) is not RuntimeError or not observation.tape.hides_functions:
+            except (RuntimeError, ValueError) as refusal:
+                known = type(refusal) is RuntimeError and observation.tape.hides_functions
+                if known:
+                    warnings.warn(_NO_WAY_BACK.format(loss.name, refusal), stacklevel=2)
+                elif all(bool(t.isfinite().all()) for t in loss.predictions):
+                    # Of others no label can be drawn, as some samplers say by an error.
                     raise
-                warnings.warn(_NO_WAY_BACK.format(loss.name, refusal), stacklevel=2)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
 
     def _own_loss(

@@ -16,6 +16,7 @@ from ngplugin.errors import OptionError
 from ngplugin.layer_balance import LayerBalance
 from ngplugin.lightning import terminal, trainer_settings
 from ngplugin.lightning.namespace import Callback
+from ngplugin.lightning.running_statistics import RunningStatistics
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
 from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
 from ngplugin.report import Coverage, StepReport
@@ -184,6 +185,7 @@ class NaturalGradient(Callback):
         self._rewritten = False  # whether the strategy keeps of optimizer states what it knows
         self._scaler: Any = None  # of the loss, under 16-bit precision
         self._listeners: list[Callable[[StepReport], None]] = []  # ours, one an optimizer
+        self._running: RunningStatistics | None = None  # of the module
         self._reports: list[tuple[int, StepReport]] = []  # of the present batch
         self._logs: list[FitLog] = [FitLog()]
 
@@ -274,6 +276,7 @@ class NaturalGradient(Callback):
         self._rewritten = type(trainer.strategy).__name__ == "ModelParallelStrategy"
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         writes = trainer.is_global_zero
+        self._running = RunningStatistics(pl_module)
         self._logs = [FitLog(i, trainer.loggers, writes=writes) for i in range(len(chosen))]
         for i, optimizer in enumerate(self._ng_optimizers):
             wrapped = isinstance(optimizer, WrappedNaturalGradient)
@@ -304,6 +307,8 @@ class NaturalGradient(Callback):
     ) -> None:
         """Report the steps that this batch made, if any."""
         self._watching.close()
+        if self._running is not None:
+            self._running.keep()
         reports, self._reports = self._reports, []
         # The step that Lightning's own logging writes at this moment.
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
@@ -383,6 +388,7 @@ class NaturalGradient(Callback):
         for optimizer, ours in zip(self._ng_optimizers, self._listeners, strict=False):
             optimizer.listeners[:] = [f for f in optimizer.listeners if f is not ours]
         self._listeners.clear()
+        self._running = None
 
     def _chosen(self, given: Sequence[Any]) -> list[int]:
         """The places of the optimizers that are to be natural."""

@@ -1,0 +1,1 @@
+"""The long run with faults: `python -m experiments.soak`."""

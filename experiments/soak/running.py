@@ -1,0 +1,218 @@
+"""One run of the soak: a fit in a process of its own, ended now and then, and started again."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from experiments.soak.faults import Faults
+from experiments.tasks.task import Task
+from experiments.workload import make
+from ngplugin import NaturalGradient
+
+OVERRIDES = ("data=mnist5k", "model=cnn", "data.batch_size=32", "schedule=cosine")
+WATCHED_EVERY = 500  # steps between looks at memory
+PATIENCE = 600.0  # seconds without a step, after which a process counts as hanging
+ENDINGS = ("kill -9", "SIGTERM", "Ctrl-C", "an exception in training_step")
+_SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
+
+
+class Soaked(L.LightningModule):
+    """A task as it is, but for what goes wrong."""
+
+    def __init__(self, task: Task, faults: Faults, stumble: Any) -> None:
+        super().__init__()
+        self.task, self._faults, self._stumble = task, faults, stumble
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a batch, of which either may be spoiled."""
+        self._faults.begin()
+        if self._stumble.value:
+            raise RuntimeError("an exception in training_step")
+        loss = self._faults.loss(self.task.loss(self._faults.batch(batch)))
+        self.log("train/loss", loss)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Gradients may be spoiled too."""
+        self._faults.gradients(self)
+
+    def configure_optimizers(self) -> Any:
+        """Plain SGD, in whose place the callback steps; its rate falls to zero."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+
+class FaultyLogger(CSVLogger):
+    """Sometimes there is no room."""
+
+    faults: Faults
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Write, or fail as a full disk does."""
+        if any(name.startswith("natgrad") for name in metrics):
+            self.faults.log()
+        super().log_metrics(metrics, step)
+
+
+class Watch(L.Callback):
+    """Tells how far the fit is, and what it holds."""
+
+    def __init__(self, folder: Path, faults: Faults, reached: Any) -> None:
+        self._folder, self._faults, self._reached = folder, faults, reached
+        self._memory: list[dict[str, int]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """After each step."""
+        self._reached.value = step = trainer.global_step
+        if step % WATCHED_EVERY == 0:
+            gc.collect()
+            tensors = sum(isinstance(o, Tensor) for o in gc.get_objects())
+            self._memory.append({"step": step, "tensors": tensors, "bytes": _resident()})
+        if step % 20 == 0:  # what a killed process has counted is lost otherwise
+            self.write()
+
+    def write(self) -> None:
+        """Have the process that started this one know of it."""
+        text = json.dumps({"counts": self._faults.counts, "memory": self._memory})
+        path = self._folder / f"watched-{os.getpid()}.json"
+        path.with_suffix(".new").write_text(text)
+        path.with_suffix(".new").replace(path)
+
+
+def fit(folder: Path, seed: int, steps: int, rate: float, reached: Any, stumble: Any) -> None:
+    """Go on from the last checkpoint, if any, to the end; writes what came of it."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    faults = Faults(os.getpid(), rate)
+    data, task = make(OVERRIDES, seed)
+    module = Soaked(task, faults, stumble)
+    natural = NaturalGradient(show_coverage=False, show_summary=False)
+    saving = ModelCheckpoint(folder, save_last=True, save_top_k=1, every_n_epochs=2)
+    watch = Watch(folder, faults, reached)
+    logger = FaultyLogger(folder, name="log", version=str(os.getpid()))
+    logger.faults = faults
+    last = folder / "last.ckpt"
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=logger,
+        callbacks=[natural, saving, watch], enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, data.train_dataloader(), ckpt_path=last if last.exists() else None)
+    watch.write()
+    judged = {
+        f"{split} {name}": value
+        for split in ("train", "val", "test")
+        for name, value in judge(task, data.in_order(split)).items()
+    }
+    (folder / "judged.json").write_text(json.dumps({"steps": trainer.global_step, **judged}))
+
+
+@torch.no_grad()
+def judge(task: Task, batches: Any) -> dict[str, float]:
+    """Loss and accuracy, in evaluation."""
+    task.eval()
+    total: Counter[str] = Counter()
+    for batch in batches:
+        size = task.size(batch)
+        total["examples"] += size
+        for name, value in {"loss": task.loss(batch), **task.measure(batch)}.items():
+            total[name] += size * float(value)
+    examples = total.pop("examples")
+    return {name: value / examples for name, value in total.items()}
+
+
+def run(folder: Path, seed: int, steps: int, faulty: bool, endings: int = 40) -> dict[str, Any]:
+    """A run to its end, through as many processes as that takes; what came of it.
+
+    Args:
+        folder: of its own; a run that is in it goes on.
+        seed: of weights and batches.
+        steps: of the optimizer.
+        faulty: whether anything goes wrong, in the process and to it.
+        endings: of processes that are ended from outside, at random, evenly of each kind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    processes = multiprocessing.get_context("fork")
+    chance = random.Random(seed)
+    ended: Counter[str] = Counter()
+    kinds = itertools.cycle(ENDINGS)
+    while not (folder / "judged.json").exists():
+        reached, stumble = processes.Value("i", 0), processes.Value("i", 0)
+        rate = 0.1 if faulty else 0.0
+        process = processes.Process(target=fit, args=(folder, seed, steps, rate, reached, stumble))
+        process.start()
+        last = steps if not faulty or ended.total() >= endings else _next_end(folder, chance, steps)
+        _wait(process, reached, last)
+        if process.is_alive():
+            kind = next(kinds)
+            ended[kind] += 1
+            time.sleep(chance.uniform(0, 0.1))
+            if kind in _SIGNALS and process.pid is not None:
+                os.kill(process.pid, _SIGNALS[kind])
+            else:
+                stumble.value = 1
+        process.join(PATIENCE)
+        if process.is_alive():
+            raise TimeoutError(f"a process in {folder} does not end")
+        if process.exitcode and not ended:
+            raise RuntimeError(f"a process failed by itself: see {folder / 'said.txt'}")
+    watched = [json.loads(path.read_text()) for path in sorted(folder.glob("watched-*.json"))]
+    counts = sum((Counter(each["counts"]) for each in watched), Counter())
+    return {
+        "seed": seed,
+        "faulty": faulty,
+        **json.loads((folder / "judged.json").read_text()),
+        "processes": len(watched),
+        "ended": dict(ended),
+        "faults": dict(sorted(counts.items())),
+        "memory": [] if faulty else watched[0]["memory"],
+    }
+
+
+def _next_end(folder: Path, chance: random.Random, steps: int) -> int:
+    """The step at which the process is to be ended: beyond where it has to start."""
+    last = folder / "last.ckpt"
+    start = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
+    return int(start + chance.uniform(0.3, 1.7) * steps / 40)
+
+
+def _wait(process: Any, reached: Any, step: int) -> None:
+    """Until it has come so far, or to its end."""
+    seen, patience = -1, time.monotonic() + PATIENCE
+    while process.is_alive() and (reached.value < step):
+        if reached.value != seen:
+            seen, patience = reached.value, time.monotonic() + PATIENCE
+        if time.monotonic() > patience:
+            process.kill()
+            raise TimeoutError(f"no step after {seen} in {PATIENCE:g} s")
+        time.sleep(0.02)
+
+
+def _resident() -> int:
+    """Bytes of the process in memory, now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
