@@ -341,6 +341,8 @@ class _MatrixFree:
         # Parameters without a block are left out, as they are there.
         b = {key: vectors[key].to(curvature_dtype(vectors[key])) for key in directions}
         last = self._solver.last
+        # In the order of b, which rounding sees: a saved one comes back in another.
+        start = {key: last[key] for key in b} if last.keys() == b.keys() else None
         try:
             solution = conjugate_gradients(
                 self._damped,
@@ -348,7 +350,7 @@ class _MatrixFree:
                 lambda v: self._fisher.precondition(v)[0],
                 self._solver.iterations,
                 _TOLERANCE,
-                last if last.keys() == b.keys() else None,
+                start,
             )
         except RuntimeError as error:
             if "not implemented" not in str(error):  # of a second derivative

@@ -164,7 +164,7 @@ class OutputCurvature:
     def squared_length(self, vectors: Sequence[Tensor]) -> Tensor:
         """VᵀHv, a scalar."""
         parts = [(group.values * group.gather(vectors).square()).sum() for group in self._groups]
-        return torch.stack(parts).sum()
+        return sum(parts, self.value.new_zeros(()))
 
     def decrement(self) -> Tensor:
         """GᵀH⁺g, twice what a Newton step of the outputs would take off the loss; a scalar.
@@ -180,7 +180,7 @@ class OutputCurvature:
                 of_row = of_row.sum(1)
             most = _MOST_OF_ROW * of_row[of_row > 0].median() if of_row.any() else 0.0
             parts.append(of_row.clamp_max(most).sum())
-        return torch.stack(parts).sum()
+        return sum(parts, self.value.new_zeros(()))
 
 
 def _with_empirical(group: Rows, g: Tensor, scale: float) -> tuple[Rows, Tensor, Tensor]:

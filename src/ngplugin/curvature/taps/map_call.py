@@ -49,7 +49,8 @@ class MapCall:
         """The same call where it is not the first axis of rows that are examples, but the last."""
 
         def sorted_rows(t: Tensor) -> Tensor:
-            return t.reshape(len(t), -1, count, t.shape[-1]).transpose(1, 2)
+            shared = t.shape[1:3].numel() // max(count, 1)
+            return t.reshape(len(t), shared, count, t.shape[-1]).transpose(1, 2)
 
         return replace(
             self,
