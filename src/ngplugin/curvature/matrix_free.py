@@ -111,7 +111,12 @@ class BatchFisher:
         parameters: Sequence[Tensor],
         total_weight: float,
     ) -> None:
-        self._observations = [o for o in observations if o.recorded and o.scored]
+        # Of a batch without examples torch has not every second derivative.
+        self._observations = [
+            o
+            for o in observations
+            if o.recorded and any(t.numel() for s in o.scored for t in s.call.predictions)
+        ]
         self._parameters = [*parameters]
         self._total_weight = total_weight
         self._kept: _Linearized | None = None

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
-from ngplugin.curvature.blocks.block import Block, BlockDamping, finite
+from ngplugin.curvature.blocks.block import Block, BlockDamping, finite, rounding
 from ngplugin.curvature.blocks.symmetric import eigenvalues
 from ngplugin.curvature.factorization import Remedy, factorized
 from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 _TILE = 128  # rows of a product of which only the lower triangle is wanted
-_ROUNDING = 1e-10  # a share of the gradient below this is no more than rounding
+_ROUNDING = 1e-10  # a share of a gradient in float64 below this is no more than rounding
 
 
 class ExactBlock(Block):
@@ -69,7 +69,8 @@ class ExactBlock(Block):
         self._average = RunningAverage()  # of R̃ᵀR̃, dense side
         self._matrix: Tensor | None = None  # K or F, as of the last refresh
         self._factor: Tensor | None = None  # Cholesky factor of it, damped
-        self._damping = 0.0
+        self._asked = 0.0  # λ as it should be,
+        self._damping = 0.0  # and as it had to be
         self._diagonal = False  # the factor, for want of one of the whole matrix
 
     @classmethod
@@ -146,7 +147,8 @@ class ExactBlock(Block):
             factor, failed = torch.linalg.cholesky_ex(damped)
             return None if failed.any() else (factor.to(matrix), added)
 
-        added = matrix.new_full((1, 1, 1), damping.value * unit)
+        self._asked = damping.value * unit
+        added = matrix.new_full((1, 1, 1), self._asked)
         found, remedy = factorized(compute, matrix[None], added)
         if found is None:
             diagonal = matrix.diagonal() + added[0, 0]
@@ -202,7 +204,9 @@ class ExactBlock(Block):
             # K + λ as it acts, and not as it was rounded when K was formed.
             z = z + self._solve(rho - self._R(self._RT(z)) - self._damping * z)
         direction = self._RT(z)
-        if self.remainder > _ROUNDING and self._damping > 0:
+        # What is no combination of the rows has no curvature. Without damping it is left out, as by
+        # the pseudo-inverse: what was added for a factorization's sake would make anything of it.
+        if self._asked > 0 and self.remainder > max(_ROUNDING, rounding(g.dtype)):
             direction = direction + (rest - self._RT(self._solve(self._R(rest)))) / self._damping
         return direction if carried is None else direction + carried
 

@@ -95,6 +95,8 @@ class GradientKroneckerBlock(KroneckerProductBlock, GradientBlock):
 
 def _equal_eigenvalues(M: Tensor) -> Tensor:
     """(tr M)² / tr M² of each matrix, between 1 and its size; `[group, 1, 1]`."""
-    trace = mean_eigenvalue(M) * M.shape[-1]
+    tiny = torch.finfo(M.dtype).tiny
+    trace = (mean_eigenvalue(M) * M.shape[-1]).clamp_min(tiny)
+    M = M / trace.reshape(-1, *[1] * (M.dim() - 1))  # before squaring, which may be too much
     squares = M.square().sum(-1) if is_diagonal(M) else M.square().sum((-2, -1))
-    return trace.square() / squares[:, None, None].clamp_min(torch.finfo(M.dtype).tiny)
+    return 1 / squares[:, None, None].clamp_min(tiny)
