@@ -1,4 +1,5 @@
-# make train | test | matrix | lint | check | docs | support | grid | race | cost | trials | clean.
+# make train | test | matrix | lint | check | docs | support | grid | race | cost | soak | trials |
+# clean.
 # A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test matrix lint check docs support grid race cost trials clean
+.PHONY: train test matrix lint check docs support grid race cost soak trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -54,6 +55,10 @@ race: $(INSTALLED)
 # What a step costs: docs/cost.md, most of an hour; `make cost QUICK=1` only prints small sizes.
 cost: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m experiments.cost $(if $(QUICK),--quick,--measure)
+
+# 20,000 steps with faults, beside as many without: docs/soak.md, most of an hour.
+soak: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m experiments.soak
 
 # Other people's projects, each in an environment of its own outside the repository; nothing else
 # needs them. `make trials TRIALS=molecules` for one.

@@ -33,6 +33,7 @@ OTHERS = (
     "race",
     "scaling",
     "site",
+    "soak",
     "support",
     "surroundings",
     "sweeps",

@@ -59,6 +59,7 @@ NOT_RUN = {
         "test_the_page_has_the_tables_of_what_is_stored",
     ),
     "make cost": ("most of an hour", _COST),
+    "make soak": ("most of an hour", "test_a_short_one_ends_through_faults_and_endings"),
     "make cost QUICK=1": ("minutes", _COST),
     "python -m experiments.cost": ("rewrites a page", _PAGE),
     "python -m experiments.cost --measure linear_algebra": ("minutes", _COST),

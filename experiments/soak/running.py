@@ -29,6 +29,7 @@ from ngplugin import NaturalGradient
 
 OVERRIDES = ("data=mnist5k", "model=cnn", "data.batch_size=32", "schedule=cosine")
 WATCHED_EVERY = 500  # steps between looks at memory
+EPOCHS_BETWEEN = 2  # checkpoints
 PATIENCE = 600.0  # seconds without a step, after which a process counts as hanging
 ENDINGS = ("kill -9", "SIGTERM", "Ctrl-C", "an exception in training_step")
 _SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
@@ -102,7 +103,15 @@ class Watch(L.Callback):
         path.with_suffix(".new").replace(path)
 
 
-def fit(folder: Path, seed: int, steps: int, rate: float, reached: Any, stumble: Any) -> None:
+def fit(
+    folder: Path,
+    seed: int,
+    steps: int,
+    rate: float,
+    batches: int | None,
+    reached: Any,
+    stumble: Any,
+) -> None:
     """Go on from the last checkpoint, if any, to the end; writes what came of it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -111,7 +120,7 @@ def fit(folder: Path, seed: int, steps: int, rate: float, reached: Any, stumble:
     data, task = make(OVERRIDES, seed)
     module = Soaked(task, faults, stumble)
     natural = NaturalGradient(show_coverage=False, show_summary=False)
-    saving = ModelCheckpoint(folder, save_last=True, save_top_k=1, every_n_epochs=2)
+    saving = ModelCheckpoint(folder, save_last=True, save_top_k=1, every_n_epochs=EPOCHS_BETWEEN)
     watch = Watch(folder, faults, reached)
     logger = FaultyLogger(folder, name="log", version=str(os.getpid()))
     logger.faults = faults
@@ -119,7 +128,7 @@ def fit(folder: Path, seed: int, steps: int, rate: float, reached: Any, stumble:
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, accelerator="cpu", logger=logger,
         callbacks=[natural, saving, watch], enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0,
+        limit_val_batches=0, limit_train_batches=batches,
     )  # fmt: skip
     trainer.fit(module, data.train_dataloader(), ckpt_path=last if last.exists() else None)
     watch.write()
@@ -145,7 +154,15 @@ def judge(task: Task, batches: Any) -> dict[str, float]:
     return {name: value / examples for name, value in total.items()}
 
 
-def run(folder: Path, seed: int, steps: int, faulty: bool, endings: int = 40) -> dict[str, Any]:
+def run(
+    folder: Path,
+    seed: int,
+    steps: int,
+    faulty: bool,
+    endings: int = 40,
+    rate: float = 0.1,
+    batches: int | None = None,
+) -> dict[str, Any]:
     """A run to its end, through as many processes as that takes; what came of it.
 
     Args:
@@ -154,7 +171,10 @@ def run(folder: Path, seed: int, steps: int, faulty: bool, endings: int = 40) ->
         steps: of the optimizer.
         faulty: whether anything goes wrong, in the process and to it.
         endings: of processes that are ended from outside, at random, evenly of each kind.
+        rate: share of the steps with a fault.
+        batches: in an epoch; None for all.
     """
+    rate = rate if faulty else 0.0
     folder.mkdir(parents=True, exist_ok=True)
     processes = multiprocessing.get_context("fork")
     chance = random.Random(seed)
@@ -162,10 +182,12 @@ def run(folder: Path, seed: int, steps: int, faulty: bool, endings: int = 40) ->
     kinds = itertools.cycle(ENDINGS)
     while not (folder / "judged.json").exists():
         reached, stumble = processes.Value("i", 0), processes.Value("i", 0)
-        rate = 0.1 if faulty else 0.0
-        process = processes.Process(target=fit, args=(folder, seed, steps, rate, reached, stumble))
+        told = (folder, seed, steps, rate, batches, reached, stumble)
+        process = processes.Process(target=fit, args=told)
         process.start()
-        last = steps if not faulty or ended.total() >= endings else _next_end(folder, chance, steps)
+        last = steps
+        if faulty and ended.total() < endings:
+            last = _next_end(folder, chance, steps / endings)
         _wait(process, reached, last)
         if process.is_alive():
             kind = next(kinds)
@@ -193,11 +215,11 @@ def run(folder: Path, seed: int, steps: int, faulty: bool, endings: int = 40) ->
     }
 
 
-def _next_end(folder: Path, chance: random.Random, steps: int) -> int:
+def _next_end(folder: Path, chance: random.Random, apart: float) -> int:
     """The step at which the process is to be ended: beyond where it has to start."""
     last = folder / "last.ckpt"
     start = torch.load(last, weights_only=True)["global_step"] if last.exists() else 0
-    return int(start + chance.uniform(0.3, 1.7) * steps / 40)
+    return int(start + chance.uniform(0.3, 1.7) * apart)
 
 
 def _wait(process: Any, reached: Any, step: int) -> None:
