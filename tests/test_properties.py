@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Categorical, Laplace, MultivariateNormal, Normal, StudentT
@@ -167,7 +167,13 @@ BATCHES = st.builds(
     st.sampled_from([0.0, 0.0, 0.0, math.nan, math.inf, 1e30]),
     st.sampled_from([1.0, 1.0, 1.0, 0.0, 1e-30, 1e6]),
 )
-GOOD = Batch(MOST)
+GOOD, EMPTY = Batch(MOST), Batch(0)
+BAD, HUGE = Batch(MOST, 1.0, 1e30), Batch(2, 1e15, 1e30, 1e6)
+
+
+def found(model: str, loss: str, options: dict[str, Any], *batches: Batch) -> Any:
+    """A case that failed once."""
+    return example(model=model, loss=loss, options=options, batches=[*batches])
 
 
 class Run:
@@ -220,6 +226,31 @@ class Run:
     max_examples=EXAMPLES, derandomize=EXAMPLES <= 60, deadline=None,
     suppress_health_check=[*HealthCheck], print_blob=True,
 )  # fmt: skip
+@found("recurrent", "poisson", {"structure": "matrix-free"}, HUGE, BAD, BAD)  # order of sums
+@found(  # saved after a step that led to no number, before it was taken back
+    "convolutional",
+    "poisson",
+    {
+        "kl_radius": 100.0,
+        "measure_every": None,
+        "layer_balance": "natural",
+        "decay": 0.0,
+        "draws": 2,
+        "sampling_damping": 0.0,
+        "statistics_every": 1,
+    },
+    Batch(2, 1e15),
+    Batch(MOST, 1e4, 1e30, 1e6),
+    Batch(7, 1e15, 0.0, 0.0),
+    Batch(MOST, 1.0, math.nan, 0.0),
+)
+@found("by hand", "huber", {"fisher": "ggn"}, HUGE, Batch(MOST, 1e4), Batch(7, 1e-20))  # two tails
+@found("tokens", "smoothed", {"step_size": "quadratic", "fisher": "ggn"}, EMPTY)
+@found("tokens", "of one's own", {"weight_sharing": "reduce"}, EMPTY)
+@found("convolutional", "smoothed", {"step_size": "quadratic", "kl_radius": None}, HUGE, BAD)
+@found("mlp", "of one's own", {"statistics_every": 1}, GOOD, EMPTY)
+@found("mlp", "normal", {}, Batch(MOST, 1.0, math.nan))  # whose sampler raises
+@found("mlp", "cross entropy", {"structure": "exact", "step_size": "quadratic"}, BAD, GOOD)
 @given(
     model=st.sampled_from([*MODELS]),
     loss=st.sampled_from([*LOSSES]),

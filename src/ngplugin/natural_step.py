@@ -460,6 +460,7 @@ class NaturalGradientStep:
             "shapes": [tuple(p.shape) for p in parameters],
             "names": names,
             "momentum": self._momentum.state_dict(parameters),
+            "unmeasured": self._unmeasured.state_dict(parameters),
             "fisher": self.fisher.state_dict(),
             "bound": self._bound.state_dict(),
             "solver": self._solver.state_dict(parameters),
@@ -489,7 +490,9 @@ class NaturalGradientStep:
         if all(i is None for i in places.of):
             return places  # another model: its first steps are first steps
         self.steps = int(state["steps"])
-        self._unmeasured.trust()
+        unmeasured = state.get("unmeasured", {"before": [None] * len(state["shapes"]), "bad": 0})
+        before = places.rearranged(unmeasured["before"])
+        self._unmeasured.load_state_dict(before, int(unmeasured["bad"]), parameters)
         self._momentum.load_state_dict(places.rearranged(state["momentum"]), parameters)
         self.fisher.parameters = [*parameters]
         self.fisher.load_state_dict(places.renumbered(state["fisher"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ class UnmeasuredStep:
     A measured step that leads to nan is shortened. One between measurements may lead there too:
     along a direction that no prediction depends on, such as the deviation of a weight that a
     Bayesian network draws, a step within the bound has any length, until a softplus underflows.
-    Without a way back all further gradients would be nan. It costs a copy of the parameters; a
-    checkpoint does not have it.
+    Without a way back all further gradients would be nan. It costs a copy of the parameters, in a
+    checkpoint too: one that was written right after such a step would otherwise be of no use.
     """
 
     def __init__(self) -> None:
@@ -42,3 +43,16 @@ class UnmeasuredStep:
             p.copy_(before)
         self.trust()
         return True
+
+    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """What each parameter was, None where the last step is trusted, and the bad gradients."""
+        before = {id(p): was for p, was in self._before}
+        return {"before": [before.get(id(p)) for p in parameters], "bad": self._bad}
+
+    def load_state_dict(
+        self, before: Sequence[Tensor | None], bad: int, parameters: Sequence[Tensor]
+    ) -> None:
+        """Take over a saved state."""
+        pairs = zip(parameters, before, strict=True)
+        self._before = [(p, was.to(p.device, copy=True)) for p, was in pairs if was is not None]
+        self._bad = bad

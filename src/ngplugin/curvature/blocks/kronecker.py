@@ -147,7 +147,7 @@ class KroneckerBlock(KroneckerProductBlock, MapBlock):
         """
         if self.weight_sharing == "reduce":
             a = a.sum(2) / counted.sum(2).clamp_min(1)  # [group, example, in], as the next two
-            g, counted = g.sum(2), counted.amax(2)
+            g, counted = g.sum(2), counted.sum(2).clamp_max(1)
         else:
             a, g, counted = (t.flatten(1, 2) for t in (a, g, counted))  # [group, row, d]
         self._step_taken += counted.shape[:2].numel() / self.groups
