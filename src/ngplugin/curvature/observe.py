@@ -49,6 +49,7 @@ from ngplugin.curvature.likelihoods import (
 )
 from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
+from ngplugin.curvature.ranks import joined, several_ranks
 from ngplugin.curvature.recorded_call import Mark, tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
 from ngplugin.curvature.static_graph import unannounced
@@ -205,6 +206,8 @@ class Observer(TorchFunctionMode):
             elif call.weight.requires_grad and not call.weight.is_complex():
                 if self._examples is not None and isinstance(call, MapCall):
                     call = call.with_examples_last(self._examples)
+                if not self.observation.maps:
+                    self.observation.joined = joined()
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append(_with_edge(call, result))
             norm = read_norm_call(func, read, named)
@@ -345,7 +348,9 @@ class Observer(TorchFunctionMode):
                 with unannounced(loss.predictions):
                     self._backward.run(observation, loss, weights)
             except RuntimeError as refusal:
-                if type(refusal) is not RuntimeError or not observation.tape.hides_functions:
+                theirs = type(refusal) is RuntimeError and observation.tape.hides_functions
+                # Of several processes it may be a message that never came.
+                if not theirs or (several_ranks() and ".grad" not in str(refusal)):
                     raise
                 warnings.warn(_NO_WAY_BACK.format(loss.name, refusal), stacklevel=2)
         observation.scored.append(ScoredLoss(loss.detached(), likelihood, weights, mark))
