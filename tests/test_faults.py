@@ -106,6 +106,14 @@ PAIRS = [(m, p, 4 * ((i + j) % 2)) for i, m in enumerate(MODELS) for j, p in enu
 in_pairs = pytest.mark.parametrize(("model", "problem", "at"), PAIRS)
 
 
+def learnt(optimizer: NaturalGradientOptimizer) -> dict[str, Any]:
+    """All that training has taught the optimizer, as copies; blocks by their first parameter."""
+    state = optimizer.state_dict()["natgrad"]
+    kept = {key: state[key] for key in ("momentum", "bound", "nat_worth", "weight", "solver")}
+    averages = {b["parameters"][0]: b["averages"] for b in state["fisher"] if b.get("averages")}
+    return deepcopy({**kept, "fisher": averages})
+
+
 class Run:
     """A network, its optimizer and its data."""
 
@@ -135,11 +143,7 @@ class Run:
         return flat([*self.model.parameters()])
 
     def learnt(self) -> dict[str, Any]:
-        """All that training has taught the optimizer, as copies."""
-        state = self.optimizer.state_dict()["natgrad"]
-        kept = {key: state[key] for key in ("momentum", "bound", "nat_worth", "weight", "solver")}
-        averages = [block.get("averages") for block in state["fisher"]]
-        return deepcopy({**kept, "fisher": [average for average in averages if average]})
+        return learnt(self.optimizer)
 
     def assert_safe(self) -> None:
         """The last step kept to its radius, in a network of numbers."""
@@ -155,6 +159,8 @@ class Run:
 
 def same(one: Any, other: Any) -> bool:
     """Bit for bit."""
+    if type(one) is not type(other):
+        return False
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ngplugin import NaturalGradient, NaturalGradientOptimizer
 from tests.oracle import flat
+from tests.test_faults import learnt, same
 
 supports = pytest.mark.supports
 
@@ -82,6 +84,53 @@ def test_skipped_steps_are_as_if_their_batches_had_not_been() -> None:
     assert torch.equal(scaled, plain)
 
 
+HEAVY = 1e7  # what makes gradients overflow until the scale is below one
+
+
+class Scales:
+    """What each step of a run in float16 made of the scale, the weights and all averages."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[float, Tensor, dict[str, Any]]] = []
+
+    def note(self, scale: float, model: nn.Module, optimizer: NaturalGradientOptimizer) -> None:
+        self.notes.append((scale, flat([*model.parameters()]).clone(), learnt(optimizer)))
+
+    def assert_overflows_left_no_trace(self, first: int) -> None:
+        """There were many in a row from the step `first` on, until the scale was below one."""
+        scales = [scale for scale, _, _ in self.notes]
+        overflowed = [i for i in range(len(scales)) if scales[i] < scales[i - 1] and i > 0]
+        assert overflowed[:7] == [*range(first, first + 7)]
+        assert len(overflowed) < len(scales) / 2
+        assert scales[-1] < 1 < scales[0]
+        for i in range(1, len(scales)):
+            (_, before, knew), (_, weights, knows) = self.notes[i - 1 : i + 1]
+            assert torch.equal(weights, before) == (i in overflowed)
+            assert same(knows, knew) == (i in overflowed)
+
+
+@supports("Precision", "overflows in a row, until the scale is below one")
+@pytest.mark.parametrize("first", [1, 6])
+def test_overflows_in_a_row_leave_no_trace_and_training_goes_on(first: int) -> None:
+    model, seen = network(), Scales()
+    optimizer = NaturalGradientOptimizer(model.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    seen.note(scaler.get_scale(), model, optimizer)
+    for step in range(1, 26):
+        x, y = batch(0)
+        with optimizer.observe(scaler), torch.autocast("cpu", torch.float16):
+            value = F.cross_entropy(model(x), y) * (HEAVY if step >= first else 1.0)
+        optimizer.zero_grad()
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        seen.note(scaler.get_scale(), model, optimizer)
+    seen.assert_overflows_left_no_trace(first)
+    assert optimizer.report is not None
+    assert optimizer.report.skipped == 0
+    assert F.cross_entropy(model(x), y) < 0.5 * F.cross_entropy(network()(x), y)
+
+
 def test_a_scaler_that_is_not_told_of_is_asked_for() -> None:
     model, (x, y) = network(), batch(0)
     optimizer = NaturalGradientOptimizer(model.parameters())
@@ -144,11 +193,15 @@ def fit(
     epochs: int = 3,
     bad: tuple[int, ...] = (),
     checkpoint: str | None = None,
+    module: Classifier | None = None,
+    scale: float = 2.0**12,
     **settings: Any,
 ) -> tuple[Classifier, NaturalGradient, str]:
-    module, natural = Classifier(bad), NaturalGradient(show_coverage=False)
+    module, natural = module or Classifier(bad), NaturalGradient(show_coverage=False)
     saver = ModelCheckpoint(folder / str(epochs), save_last=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=5)
+    # Steps that overflow are followed by none that lets the scale grow again.
+    growth = 5 if scale > 2.0**6 else 1000
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth)
     trainer = L.Trainer(
         default_root_dir=folder,
         accelerator="cpu",
@@ -193,6 +246,38 @@ def test_overflows_are_skipped_while_micro_batches_are_accumulated(tmp_path: Pat
     assert loss(module) < 0.7 * loss(Classifier())
     (optimizer,) = natural._ng_optimizers
     assert optimizer._engine._weight.total == pytest.approx(1.0, rel=1e-3)
+
+
+class Heavy(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = Scales()
+
+    def training_step(self, some: Any, batch_idx: int) -> Tensor:
+        return HEAVY * super().training_step(some, batch_idx)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self.seen.notes:
+            self.note()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.note()
+
+    def note(self) -> None:
+        scale = self.trainer.precision_plugin.scaler.get_scale()
+        self.seen.note(scale, self.net, self.trainer.optimizers[0])
+
+
+@supports("Precision", "16-mixed: overflows in a row, until the scale is below one")
+def test_overflows_in_a_row_in_lightning_leave_no_trace(tmp_path: Path) -> None:
+    module = Heavy()
+    _, natural, _ = fit(tmp_path, 4, module=module, scale=2.0**6)
+    module.seen.assert_overflows_left_no_trace(1)
+    scales = [scale for scale, _, _ in module.seen.notes]
+    overflows = sum(now < then for then, now in itertools.pairwise(scales))
+    assert natural.summary()["steps"] == 4 * 8 - overflows
+    assert natural.summary()["skipped"] == 0
+    assert loss(module) < 0.7 * loss(Classifier())
 
 
 @supports("Checkpoints", "16-mixed: resuming bit by bit")

@@ -21,6 +21,7 @@ from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
 from ngplugin.curvature.pace import Pace, Work
 from ngplugin.curvature.parameter_vector import dot, total
+from ngplugin.curvature.ranks import all_ranks
 from ngplugin.curvature.spectrum import BlockSpectrum
 from ngplugin.damping import AdaptiveDamping, LevenbergMarquardt, as_schedule, damping_at
 from ngplugin.direction import Direction
@@ -39,6 +40,7 @@ from ngplugin.step_length import Applied, StepLength
 from ngplugin.step_watch import Needs, StepWatch
 from ngplugin.trust_region import NoTrustRegion, StepBound, TrustRegion
 from ngplugin.unmeasured_step import UnmeasuredStep
+from ngplugin.usable_parameters import check_not_joined
 
 _FIRST_STEPS = 5  # whose statistics are all taken and whose KL is all measured, if any is
 _CURVED_EVERY = 6  # the most steps between those for which F d is formed
@@ -139,7 +141,7 @@ class NaturalGradientStep:
     def _steers_damping(self) -> AdaptiveDamping | None:
         """What wants to know what is measured of this step."""
         steering, chosen = self._steering(), self.fisher.exact
-        exact = chosen is not None and chosen.refused is None
+        exact = chosen is not None and chosen.possible
         return steering if exact or steering is self._damping else None
 
     # -- stepping ------------------------------------------------------------------------------
@@ -158,6 +160,7 @@ class NaturalGradientStep:
         """
         started = time.perf_counter()
         observations = self.watch.taken()
+        check_not_joined(observations)
         idle = not observations and all(group.lr == 0 for group in groups)
         if idle or all(p.grad is None for group in groups for p in group.parameters):
             self.fisher.discard()
@@ -261,7 +264,9 @@ class NaturalGradientStep:
         scored = [loss for observation in observations for loss in observation.scored]
         names = (loss.call.name for loss in scored)
         self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
-        dropped = int(bool(scored) and weight is None)
+        dropped = 0
+        if observations and weight is None:  # as in every process, though one may have no loss
+            dropped = int(not all_ranks(not scored, observations[0].tape.device))
         if weight is not None and any(o.counted for o in observations):
             self._statistics_step = self.steps
             dropped += self.fisher.fold(weight.total, options.decay)

@@ -1,4 +1,4 @@
-"""Whether parameters are such that a Fisher matrix of them can be formed."""
+"""Whether parameters, and what was observed of them, are such that a step can be made."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ngplugin.curvature.observation import Observation
+from ngplugin.curvature.ranks import several_ranks
 from ngplugin.errors import OptionError, StepOrderError
 
 
@@ -36,3 +38,25 @@ def check_usable(parameters: Sequence[Tensor]) -> None:
                 "layers whole and spreads the work over the devices, or give this optimizer only "
                 "the layers that are whole."
             )
+
+
+def check_not_joined(observations: Sequence[Observation]) -> None:
+    """Refuse a step of processes that may leave one by one.
+
+    One that is done answers what the model sends, and none of a step's own messages, which would be
+    taken for others.
+
+    Args:
+        observations: of the step.
+
+    Raises:
+        OptionError: the model was run under `Join`.
+    """
+    if several_ranks() and any(observation.joined for observation in observations):
+        raise OptionError(
+            "a natural-gradient step under torch.distributed.algorithms.Join: a process whose "
+            "batches have ended would answer the model's messages, but none of the step's. "
+            "Expected as many batches in every process. Have all end with the first, by "
+            "Join(..., throw_on_early_termination=True), or fill up the shorter data loaders, as "
+            "torch.utils.data.DistributedSampler does."
+        )

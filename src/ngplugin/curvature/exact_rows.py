@@ -70,6 +70,11 @@ class ExactRows:
         self._steps = 0  # that were folded
         self._layouts: dict[tuple[object, ...], list[Layout | None]] = {}
 
+    @property
+    def possible(self) -> bool:
+        """Whether there may be a block: in all of several processes or, as it is, in none."""
+        return self.refused is None and not several_ranks()
+
     def holds(self, p: Tensor) -> bool:
         """Whether the parameter is in the block."""
         return self.block is not None and any(p is q for q in self.block.parameters)

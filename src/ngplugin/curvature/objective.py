@@ -49,7 +49,9 @@ class ObjectiveWeight:
             dispersions = torch.stack([loss.dispersion(noise_variance) for loss in scored])
             squares = torch.stack([loss.weights.square().sum() for loss in scored])
             nlls = torch.stack([loss.nll() for loss in scored])
-            sums = torch.stack([weights.sum(), weights @ dispersions, squares.sum(), nlls.sum()])
+            # No term, no dispersion: of an empty batch it may be anything.
+            nats = torch.where(weights != 0, weights * dispersions, 0.0).sum()
+            sums = torch.stack([weights.sum(), nats, squares.sum(), nlls.sum()])
         if several_ranks():  # that have to talk of one type
             sums = mean_over_ranks(sums.double())
         total, nats, square, nll = sums.tolist()  # the one transfer to the host

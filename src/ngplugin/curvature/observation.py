@@ -76,6 +76,7 @@ class Observation:
     seconds: float = 0.0  # spent on the Fisher backward
     silenced: set[int] = field(default_factory=set)  # memory of losses that a declared one replaces
     claimed: set[int] = field(default_factory=set)  # memory that an objective was computed from
+    joined: bool = False  # in a model that processes leave when their batches end
     spent: bool = False  # its backward pass was run, and its gradients were zeroed
 
     def replay(

@@ -49,6 +49,7 @@ from ngplugin.curvature.likelihoods import (
 )
 from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
+from ngplugin.curvature.ranks import joined, several_ranks
 from ngplugin.curvature.recorded_call import Mark, tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
 from ngplugin.curvature.static_graph import unannounced
@@ -205,6 +206,8 @@ class Observer(TorchFunctionMode):
             elif call.weight.requires_grad and not call.weight.is_complex():
                 if self._examples is not None and isinstance(call, MapCall):
                     call = call.with_examples_last(self._examples)
+                if not self.observation.maps:
+                    self.observation.joined = joined()
                 # The edge is taken now: an in-place activation may rewrite the output's history.
                 self.observation.maps.append(_with_edge(call, result))
             norm = read_norm_call(func, read, named)
@@ -346,7 +349,8 @@ class Observer(TorchFunctionMode):
                     self._backward.run(observation, loss, weights)
             except (RuntimeError, ValueError) as refusal:
                 known = type(refusal) is RuntimeError and observation.tape.hides_functions
-                if known:
+                # Of several processes it may be a message that never came.
+                if known and not (several_ranks() and ".grad" not in str(refusal)):
                     warnings.warn(_NO_WAY_BACK.format(loss.name, refusal), stacklevel=2)
                 elif all(bool(t.isfinite().all()) for t in loss.predictions):
                     # Of others no label can be drawn, as some samplers say by an error.

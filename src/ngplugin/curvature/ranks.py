@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def ranks() -> int:
@@ -32,13 +33,13 @@ def rank() -> int:
 def mean_over_ranks(t: Tensor) -> Tensor:
     """The mean of every process's tensor, the same in each; every process has to call it.
 
-    A number that is not finite in one process is not in any.
+    A number that is not finite in one process is not in any; one that is in all stays so.
     """
     if not several_ranks():
         return t
-    t = t.clone(memory_format=torch.contiguous_format)
+    t = (t / ranks()).contiguous()  # before they are added up, which may overflow
     dist.all_reduce(t)
-    return t / dist.get_world_size()
+    return t
 
 
 def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
@@ -67,6 +68,16 @@ def all_ranks(holds: bool, device: torch.device) -> bool:
     flag = torch.tensor(float(holds), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def joined() -> bool:
+    """Whether this is a forward pass of `DistributedDataParallel` under `Join`.
+
+    Not where the processes all end with the first whose batches do.
+    """
+    model = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    config = getattr(model, "_join_config", None)
+    return config is not None and config.enable and not config.throw_on_early_termination
 
 
 def alike(kinds: Sequence[object]) -> list[list[int]]:

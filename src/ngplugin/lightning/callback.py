@@ -10,6 +10,7 @@ from typing import Any
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind
 from ngplugin.curvature.products import Products
+from ngplugin.curvature.ranks import several_ranks
 from ngplugin.damping import Damping
 from ngplugin.diagnosis import Finding
 from ngplugin.errors import OptionError
@@ -344,7 +345,8 @@ class NaturalGradient(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Say what the numbers say."""
         for i, log in enumerate(self._logs[: len(self._ng_optimizers)]):
-            log.end(self._ng_optimizers[i].spectra)
+            # One of several processes may be the only one to have come here: none waits for others.
+            log.end(None if several_ranks() else self._ng_optimizers[i].spectra)
             if self.show_summary and trainer.is_global_zero:
                 terminal.show_summary(self.summary(i), self.diagnosis(i), self._place(i))
 

@@ -77,17 +77,17 @@ class FitLog:
         """Once blocks are known."""
         self._show("the coverage table", log_coverage, coverage, self._last)
 
-    def end(self, spectra: Callable[[], Sequence[BlockSpectrum]]) -> None:
+    def end(self, spectra: Callable[[], Sequence[BlockSpectrum]] | None) -> None:
         """After the last.
 
         Args:
-            spectra: computes those of now, for the right edge of the pictures; asked for in all
-                processes or in none.
+            spectra: computes those of now, for the right edge of the pictures; None for pictures
+                without.
         """
         if not self.steps:
             return
         kept = self.history.spectra.kept
-        if not kept or kept[-1][0] < self.history.last:
+        if spectra is not None and (not kept or kept[-1][0] < self.history.last):
             found = spectra()
             self.history.add_spectra(self.history.last, found)
             self._show("spectra", log_spectra, found, self._last)

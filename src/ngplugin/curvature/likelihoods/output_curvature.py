@@ -164,7 +164,7 @@ class OutputCurvature:
     def squared_length(self, vectors: Sequence[Tensor]) -> Tensor:
         """VᵀHv, a scalar."""
         parts = [(group.values * group.gather(vectors).square()).sum() for group in self._groups]
-        return sum(parts, self.value.new_zeros(()))
+        return self._sum(parts)
 
     def decrement(self) -> Tensor:
         """GᵀH⁺g, twice what a Newton step of the outputs would take off the loss; a scalar.
@@ -180,7 +180,11 @@ class OutputCurvature:
                 of_row = of_row.sum(1)
             most = _MOST_OF_ROW * of_row[of_row > 0].median() if of_row.any() else 0.0
             parts.append(of_row.clamp_max(most).sum())
-        return sum(parts, self.value.new_zeros(()))
+        return self._sum(parts)
+
+    def _sum(self, parts: Sequence[Tensor]) -> Tensor:
+        """Of one part a group; an empty batch has none."""
+        return torch.stack([torch.zeros_like(self.value), *parts]).sum()
 
 
 def _with_empirical(group: Rows, g: Tensor, scale: float) -> tuple[Rows, Tensor, Tensor]:
