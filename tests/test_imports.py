@@ -19,9 +19,10 @@ FLOORS = [
         "curvature.subclasses",
         "curvature.ranks",
         "curvature.dependence",
-        "curvature.activation_checkpointing",
         "curvature.hidden_backward",
+        "curvature.process_wide",
     },
+    {"curvature.activation_checkpointing"},
     {"curvature.recorded_call"},
     {
         "curvature.likelihoods",

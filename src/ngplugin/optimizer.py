@@ -414,6 +414,25 @@ class NaturalGradientOptimizer(Optimizer):
                 stacklevel=3,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: what torch has of an optimizer, and what a checkpoint has of ours.
+
+        Like torch's hooks, listeners stay behind, and so does what was observed of an open step,
+        whose gradients torch does not copy either.
+        """
+        names = [self.parameter_names.get(id(p)) for p in self._parameters()]
+        return {**self._plain_getstate(), _STATE_KEY: (self.options, names, self.natural_state())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also torch's way to load a plain state dict."""
+        super().__setstate__({k: v for k, v in state.items() if k != _STATE_KEY})
+        if _STATE_KEY in state:
+            options, names, ours = state[_STATE_KEY]
+            self._prepare(options)
+            known = zip(self._parameters(), names, strict=True)
+            self.parameter_names.update({id(p): name for p, name in known if name is not None})
+            self.load_natural_state(ours)
+
     def _load_settings(self, saved: Sequence[dict[str, Any]]) -> None:
         """Learning rates and the like of saved groups, where there are as many as here."""
         if len(saved) == len(self.param_groups):
@@ -431,6 +450,9 @@ class NaturalGradientOptimizer(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _plain_getstate(self) -> dict[str, Any]:
+        return super().__getstate__()
 
     def _plain_state_dict(self) -> dict[str, Any]:
         return super().state_dict()
@@ -513,6 +535,9 @@ class WrappedNaturalGradient(NaturalGradientOptimizer):
             momentum=self.options.momentum,
             schedule=schedule,
         )
+
+    def _plain_getstate(self) -> dict[str, Any]:
+        return {"_ng_inner": self._ng_inner, "_own_lr": self._own_lr}
 
     def _plain_state_dict(self) -> dict[str, Any]:
         return self._ng_inner.state_dict()

@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import Parameter, is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ngplugin.curvature.process_wide import ProcessWide
 from ngplugin.curvature.random_state import random_state, set_random_state
 from ngplugin.curvature.recorded_call import (
     Entry,
@@ -41,6 +42,8 @@ from ngplugin.curvature.subclasses import plain
 
 # Update running statistics among their arguments without raising those tensors' version counters.
 _WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
+
+_ATTENTION_IN_STEPS = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 def _same(t: Tensor) -> Tensor:
@@ -253,7 +256,7 @@ class Tape:
         differentiates = any(call.function is torch.autograd.grad for _, call in calls)
         kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if leaves is not None:
-            differentiates, kernels = True, sdpa_kernel(SDPBackend.MATH)
+            differentiates, kernels = True, _ATTENTION_IN_STEPS.made()
         values: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         replaced = leaves or {}
         waiting = list(marks)
