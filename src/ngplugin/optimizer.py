@@ -421,13 +421,19 @@ class NaturalGradientOptimizer(Optimizer):
         whose gradients torch does not copy either.
         """
         names = [self.parameter_names.get(id(p)) for p in self._parameters()]
-        return {**self._plain_getstate(), _STATE_KEY: (self.options, names, self.natural_state())}
+        ours = self.natural_state()
+        if ours["generator"] is not None:
+            # A new tensor: of what is pickled for a spawned process it would be gone by then.
+            ours["generator"] = ours["generator"].tolist()
+        return {**self._plain_getstate(), _STATE_KEY: (self.options, names, ours)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also torch's way to load a plain state dict."""
         super().__setstate__({k: v for k, v in state.items() if k != _STATE_KEY})
         if _STATE_KEY in state:
             options, names, ours = state[_STATE_KEY]
+            if ours["generator"] is not None:
+                ours = {**ours, "generator": torch.tensor(ours["generator"], dtype=torch.uint8)}
             self._prepare(options)
             known = zip(self._parameters(), names, strict=True)
             self.parameter_names.update({id(p): name for p, name in known if name is not None})

@@ -23,6 +23,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -341,6 +342,7 @@ class Observer(TorchFunctionMode):
             observation.seconds += time.perf_counter() - started
 
         value.register_hook(hook)
+        observation.hooks.append(weakref.ref(hook))
 
     def _score(
         self, observation: Observation, loss: ScoredCall, mark: Mark, gradient: Tensor

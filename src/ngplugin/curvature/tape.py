@@ -10,7 +10,8 @@ numbers (the generator's state is kept for each call that consumed any), the aut
 Python's control flow. What it never touches: buffers (a call that changed one, such as batch
 normalization, gets a copy of it), gradients, and the global random state.
 
-Tensors made during the recording are known by weak reference. Only the outputs of layers are kept
+Tensors made during the recording are known by weak reference, and nothing here holds the graph, so
+that it goes when the user lets it go. Only the outputs of layers are kept
 alive, until `release`: the objective as a function of the last ones is of interest too.
 """
 
@@ -69,7 +70,7 @@ class Tape:
         self.device = parameters[0].device if parameters else torch.device("cpu")
         self.calls: list[RecordedCall] = []
         self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
-        self._nodes: dict[tuple[Any, int], Slot] = {}  # of the graph -> slot
+        self._key = object()  # under which nodes of the graph have the slots of what they made
         self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
@@ -125,11 +126,9 @@ class Tape:
         if entry != "none":
             made = zip(outputs, tensors_in(result), strict=True)
             self.made.update((slot, t) for slot, t in made if slot is not None)
-        self._nodes.update(
-            ((t.grad_fn, t.output_nr), self._slots[t])
-            for t in tensors_in(result)
-            if t.grad_fn is not None and t in self._slots
-        )
+        for t in tensors_in(result):
+            if t.grad_fn is not None and t in self._slots:
+                t.grad_fn.metadata[self._key, t.output_nr] = self._slots[t]
         if entry == "alone":
             origins = self._parameters_in(inputs)
             self._alone.update((slot, origins) for slot in outputs if slot is not None)
@@ -217,7 +216,6 @@ class Tape:
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
         self.made.clear()
-        self._nodes.clear()
 
     def mark(self, tensors: Sequence[Tensor]) -> Mark:
         """Remember `tensors`, as they are now, as something a replay shall return."""
@@ -384,9 +382,12 @@ class Tape:
             node, nr = t.grad_fn, t.output_nr
             if node is None or self.origin_known(t):
                 continue
-            while (node, nr) not in self._nodes and node and node.name() == "AliasBackward0":
+            of: Any = None
+            while node is not None:
+                of = node.metadata.get((self._key, nr), getattr(node, "variable", None))
+                if of is not None or node.name() != "AliasBackward0":
+                    break
                 node, nr = node.next_functions[0]
-            of: Any = self._nodes.get((node, nr), getattr(node, "variable", None))
             if of is not None:
                 call = RecordedCall(
                     _same, (of,), {}, (self._new_slot(t),), frozenset(), None, None, True, "none"
