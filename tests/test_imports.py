@@ -52,6 +52,7 @@ FLOORS = [
         "damping",
         "declaration",
         "saved_places",
+        "saved_state",
         "trust_region",
         "momentum",
         "report",

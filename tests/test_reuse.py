@@ -213,7 +213,9 @@ def test_what_is_copied_in_the_middle_of_a_fit_changes_nothing(hook: str) -> Non
     assert torch.equal(weights(other), weights(module))
 
 
-@supports("Reuse", "copy.deepcopy and pickle of a trainer after a fit, with callback and optimizers")
+@supports(
+    "Reuse", "copy.deepcopy and pickle of a trainer after a fit, with callback and optimizers"
+)
 @pytest.mark.parametrize("copied", COPIES)
 def test_a_copied_trainer_has_what_the_original_has(copied: str) -> None:
     natural = silent()
@@ -292,7 +294,7 @@ def test_two_models_trained_in_turns_are_trained_as_each_alone() -> None:
 @supports("Reuse", "two callbacks in one trainer that share out its optimizers")
 @refuses("Reuse", "two callbacks in one trainer for the same optimizer")
 def test_two_callbacks_for_one_optimizer_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="more than one stateful callback .*NaturalGradient"):
+    with pytest.raises(RuntimeError, match=r"more than one stateful callback .*NaturalGradient"):
         quiet(silent(), silent(kl_radius=0.1))  # Lightning's own words
     trainer = quiet(silent(optimizers=[0]), silent(), max_epochs=1)
     with pytest.raises(OptionError, match=r"two NaturalGradient callbacks for optimizer 0\. One"):

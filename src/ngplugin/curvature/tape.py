@@ -10,9 +10,10 @@ numbers (the generator's state is kept for each call that consumed any), the aut
 Python's control flow. What it never touches: buffers (a call that changed one, such as batch
 normalization, gets a copy of it), gradients, and the global random state.
 
-Tensors made during the recording are known by weak reference, and nothing here holds the graph, so
-that it goes when the user lets it go. Only the outputs of layers are kept
-alive, until `release`: the objective as a function of the last ones is of interest too.
+Tensors made during the recording are known by weak reference, and the nodes of the graph by what is
+written into them, so that the graph of an objective goes when the user lets it go. Only the outputs
+of layers are kept alive, until `release`: the objective as a function of the last ones is of
+interest too.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ class Tape:
             made = zip(outputs, tensors_in(result), strict=True)
             self.made.update((slot, t) for slot, t in made if slot is not None)
         for t in tensors_in(result):
-            if t.grad_fn is not None and t in self._slots:
-                t.grad_fn.metadata[self._key, t.output_nr] = self._slots[t]
+            node: Any = t.grad_fn
+            if node is not None and t in self._slots:
+                node.metadata[self._key, t.output_nr] = self._slots[t]
         if entry == "alone":
             origins = self._parameters_in(inputs)
             self._alone.update((slot, origins) for slot in outputs if slot is not None)
@@ -379,7 +381,8 @@ class Tape:
         `as_subclass` does that, and constructors of subclasses; autograd calls it an alias.
         """
         for t in tensors:
-            node, nr = t.grad_fn, t.output_nr
+            node: Any = t.grad_fn
+            nr = t.output_nr
             if node is None or self.origin_known(t):
                 continue
             of: Any = None
