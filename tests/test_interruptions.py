@@ -105,6 +105,8 @@ def fit_until_signalled(folder: Path, number: int, told: Any, own_handler: bool)
     def handler(received_number: int, _: Any) -> None:
         received.append(received_number)
 
+    # What this process has been given may be to ignore it, as jobs in the background do.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if own_handler:
         signal.signal(number, handler)
     before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
