@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import os
 import random
@@ -79,6 +80,115 @@ def test_after_twenty_kills_the_weights_are_those_of_an_uninterrupted_run(tmp_pa
     assert reached[-1] < EPOCHS
     assert len(set(reached)) > 5
     assert torch.equal(fit(interrupted), fit(tmp_path / "whole"))
+
+
+# -- by a signal -----------------------------------------------------------------------------------
+
+
+class Signalled(L.Callback):
+    """Sends the process a signal in the middle of a step."""
+
+    def __init__(self, number: int, step: int = 5) -> None:
+        self.number, self.step = number, step
+
+    def on_before_backward(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def fit_until_signalled(folder: Path, number: int, told: Any, own_handler: bool) -> None:
+    """In a process of its own: what was left behind is told, and a second fit goes on."""
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    received: list[int] = []
+
+    def handler(received_number: int, _: Any) -> None:
+        received.append(received_number)
+
+    # What this process has been given may be to ignore it, as jobs in the background do.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if own_handler:
+        signal.signal(number, handler)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
+    saving = ModelCheckpoint(folder, filename="signalled", save_on_exception=True)
+    natural = NaturalGradient(show_coverage=False, show_summary=False, measure_every=3)
+    trainer = quiet(
+        natural, Signalled(number), saving, max_epochs=EPOCHS, enable_checkpointing=True
+    )
+    ended = "by itself"
+    try:
+        trainer.fit(Points(), DataLoader(POINTS, 64))
+    except SystemExit as end:
+        ended = type(end).__name__
+    handlers = {each: signal.getsignal(each) for each in before}
+    told.put(
+        {
+            "ended": ended,
+            "received": received,
+            "steps": trainer.global_step,
+            "modes": len(torch.overrides._get_current_function_mode_stack()),
+            "patched": hasattr(torch.distributions.Normal.log_prob, "__wrapped__"),
+            "listeners": len(trainer.optimizers[0].listeners),
+            "handlers": {n for n in before if handlers[n] != before[n]},
+        }
+    )
+
+
+def signalled(folder: Path, number: int, own_handler: bool) -> dict[str, Any]:
+    processes = multiprocessing.get_context("fork")
+    told = processes.SimpleQueue()
+    arguments = folder, number, told, own_handler
+    process = processes.Process(target=fit_until_signalled, args=arguments)
+    process.start()
+    found = told.get()
+    process.join()
+    assert process.exitcode == 0
+    return dict(found)
+
+
+saves_on_exceptions = pytest.mark.skipif(
+    "save_on_exception" not in inspect.signature(ModelCheckpoint).parameters,
+    reason="this Lightning saves nothing on an exception",
+)
+
+
+@saves_on_exceptions
+@pytest.mark.supports("Faults", "SIGTERM: the step is finished, saved and gone on from bit by bit")
+@pytest.mark.parametrize("own_handler", [False, True])
+def test_sigterm_ends_the_run_after_its_step_and_it_goes_on(
+    own_handler: bool, tmp_path: Path
+) -> None:
+    found = signalled(tmp_path, signal.SIGTERM, own_handler)
+    assert found == {
+        "ended": "SIGTERMException",
+        "received": [signal.SIGTERM] if own_handler else [],  # theirs is called too
+        "steps": 6,
+        "modes": 0, "patched": False, "listeners": 0, "handlers": set(),
+    }  # fmt: skip
+    (checkpoint,) = tmp_path.glob("*.ckpt")
+    module = Points()
+    natural = NaturalGradient(show_coverage=False, show_summary=False, measure_every=3)
+    quiet(natural, max_epochs=20).fit(module, DataLoader(POINTS, 64), ckpt_path=checkpoint)
+    whole = Points()
+    natural = NaturalGradient(show_coverage=False, show_summary=False, measure_every=3)
+    quiet(natural, max_epochs=20).fit(whole, DataLoader(POINTS, 64))
+    assert torch.equal(flat([*module.parameters()]), flat([*whole.parameters()]))
+
+
+@saves_on_exceptions
+@pytest.mark.supports("Faults", "Ctrl-C with a handler of the user's own")
+@pytest.mark.parametrize("own_handler", [False, True])
+def test_ctrl_c_ends_the_run_unless_the_user_has_a_handler(
+    own_handler: bool, tmp_path: Path
+) -> None:
+    found = signalled(tmp_path, signal.SIGINT, own_handler)
+    if own_handler:  # a fit takes no notice of it
+        assert (found["ended"], found["received"]) == ("by itself", [signal.SIGINT])
+    else:
+        assert (found["ended"], found["steps"]) == ("SystemExit", 5)
+    assert (found["modes"], found["patched"], found["listeners"]) == (0, False, 0)
+    # Lightning puts back the handlers of before.
+    assert found["handlers"] == set()
 
 
 # -- by an exception -------------------------------------------------------------------------------

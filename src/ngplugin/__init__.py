@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     )
     from ngplugin.declaration import declare
     from ngplugin.errors import (
+        DamagedStateError,
         LikelihoodError,
         NgpluginError,
         OptionError,
@@ -31,6 +32,7 @@ __all__ = [
     "ConstantDamping",
     "CosineDamping",
     "Coverage",
+    "DamagedStateError",
     "ExponentialDamping",
     "KlMatching",
     "LevenbergMarquardt",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributions import Distribution
 
-from ngplugin.curvature.observe import ACTIVE
+from ngplugin.curvature.observe import active
 from ngplugin.errors import LikelihoodError
 
 
@@ -36,7 +36,8 @@ def declare(
         LikelihoodError: the loss or the distribution does not depend on a trained parameter, or the
             distribution has no `sample`.
     """
-    if ACTIVE and not ACTIVE[-1].declare(loss, distribution, observed, weight):
+    watching = active()
+    if watching and not watching[-1].declare(loss, distribution, observed, weight):
         raise LikelihoodError(
             f"declare() was given a loss of shape {tuple(loss.shape)} and a distribution of type "
             f"{type(distribution).__name__}; no trained parameter enters one of them, or the "

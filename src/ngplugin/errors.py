@@ -17,5 +17,9 @@ class StepOrderError(NgpluginError, RuntimeError):
     """Something was asked for before what it needs: a step before its observation, for one."""
 
 
+class DamagedStateError(NgpluginError, ValueError):
+    """A saved state is not what was saved; nothing of it was taken over."""
+
+
 class UnsupportedTrainerError(NgpluginError, RuntimeError):
     """A trainer setting that natural gradient cannot follow, with what to do instead."""

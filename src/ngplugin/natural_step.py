@@ -481,6 +481,7 @@ class NaturalGradientStep:
             "curved_step": self._curved_step,
             "work": self._work and dataclasses.astuple(self._work),
             "beside": self._proposals.beside,
+            "losses": [*self.losses],
         }
 
     def load_state_dict(
@@ -522,6 +523,7 @@ class NaturalGradientStep:
         self._keep_pace()
         self._curved_step = int(state.get("curved_step", self.steps - _CURVED_EVERY))
         self._proposals.beside = float(state.get("beside", 1.0))
+        self.losses[:] = state.get("losses", ())
         return places
 
 

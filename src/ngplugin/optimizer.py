@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ngplugin import saved_state
 from ngplugin.coverage import coverage_of
 from ngplugin.curvature.blocks import DampingMode, WeightSharing
 from ngplugin.curvature.observe import FisherKind, LossScaler
@@ -19,11 +20,12 @@ from ngplugin.curvature.pace import Pace
 from ngplugin.curvature.products import Products
 from ngplugin.curvature.spectrum import BlockSpectrum
 from ngplugin.damping import Damping
-from ngplugin.errors import OptionError
+from ngplugin.errors import DamagedStateError, OptionError
 from ngplugin.layer_balance import LayerBalance
 from ngplugin.natural_step import NaturalGradientStep
 from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_choice, check_number
 from ngplugin.report import Coverage, StepReport
+from ngplugin.saved_places import Places
 from ngplugin.step_group import StepGroup
 
 _STATE_KEY = "natgrad"  # of our part of a state dict; other optimizers ignore it
@@ -372,10 +374,15 @@ class NaturalGradientOptimizer(Optimizer):
 
         Args:
             state_dict: what `state_dict()` returned.
+
+        Raises:
+            DamagedStateError: it is not; then nothing of it was taken over.
         """
         ours = state_dict.get(_STATE_KEY)
         plain = {k: v for k, v in state_dict.items() if k != _STATE_KEY}
-        names = self._names()  # torch puts the saved ones in the place of the groups' own
+        before = self.natural_state()
+        if ours is not None:
+            self.load_natural_state(ours)
         try:
             self._load_plain_state_dict(plain)
         except ValueError as error:  # groups of other sizes
@@ -386,8 +393,9 @@ class NaturalGradientOptimizer(Optimizer):
                     "not used, natural-gradient steps do without.",
                     stacklevel=2,
                 )
-        if ours is not None:
-            self.load_natural_state(ours, names)
+        except Exception:  # what torch makes of a damaged state
+            self._take_over(before)
+            raise
 
     def natural_state(self) -> dict[str, Any]:
         """What `state_dict()` has beside a plain optimizer's state."""
@@ -396,15 +404,25 @@ class NaturalGradientOptimizer(Optimizer):
             "peak_lr": list(self._peak_lr),
         }
 
-    def load_natural_state(self, state: dict[str, Any], names: list[str] | None = None) -> None:
-        """Take over what `natural_state()` returned.
+    def load_natural_state(self, state: dict[str, Any]) -> None:
+        """Take over what `natural_state()` returned, all of it or nothing.
 
         Args:
             state: it.
-            names: of the parameters now; those that are known if None.
+
+        Raises:
+            DamagedStateError: it is something else.
         """
-        places = self._engine.load_state_dict(state, self._parameters(), names or self._names())
-        self._peak_lr[:] = state["peak_lr"]
+        before = self.natural_state()  # the tensors themselves, which loading does not write to
+        try:
+            saved_state.check(state)
+            places = self._take_over(state)
+        except saved_state.DAMAGES as damage:
+            self._take_over(before)
+            raise DamagedStateError(
+                "the natural-gradient part of a saved state cannot be used: "
+                f"{type(damage).__name__}: {damage}. {saved_state.WHAT_TO_DO}"
+            ) from damage
         if not places.same:
             warnings.warn(
                 "ngplugin: parameters have changed since the state was saved. "
@@ -413,6 +431,36 @@ class NaturalGradientOptimizer(Optimizer):
                 "was added, removed or resized.",
                 stacklevel=3,
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies and pickles: what torch has of an optimizer, and what a checkpoint has of ours.
+
+        Like torch's hooks, listeners stay behind, and so does what was observed of an open step,
+        whose gradients torch does not copy either.
+        """
+        names = [self.parameter_names.get(id(p)) for p in self._parameters()]
+        ours = self.natural_state()
+        if ours["generator"] is not None:
+            # A new tensor: of what is pickled for a spawned process it would be gone by then.
+            ours["generator"] = ours["generator"].tolist()
+        return {**self._plain_getstate(), _STATE_KEY: (self.options, names, ours)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also torch's way to load a plain state dict."""
+        super().__setstate__({k: v for k, v in state.items() if k != _STATE_KEY})
+        if _STATE_KEY in state:
+            options, names, ours = state[_STATE_KEY]
+            if ours["generator"] is not None:
+                ours = {**ours, "generator": torch.tensor(ours["generator"], dtype=torch.uint8)}
+            self._prepare(options)
+            known = zip(self._parameters(), names, strict=True)
+            self.parameter_names.update({id(p): name for p, name in known if name is not None})
+            self.load_natural_state(ours)
+
+    def _take_over(self, state: dict[str, Any]) -> Places:
+        places = self._engine.load_state_dict(state, self._parameters(), self._names())
+        self._peak_lr[:] = map(float, state["peak_lr"])
+        return places
 
     def _load_settings(self, saved: Sequence[dict[str, Any]]) -> None:
         """Learning rates and the like of saved groups, where there are as many as here."""
@@ -431,6 +479,9 @@ class NaturalGradientOptimizer(Optimizer):
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    def _plain_getstate(self) -> dict[str, Any]:
+        return super().__getstate__()
 
     def _plain_state_dict(self) -> dict[str, Any]:
         return super().state_dict()
@@ -513,6 +564,9 @@ class WrappedNaturalGradient(NaturalGradientOptimizer):
             momentum=self.options.momentum,
             schedule=schedule,
         )
+
+    def _plain_getstate(self) -> dict[str, Any]:
+        return {"_ng_inner": self._ng_inner, "_own_lr": self._own_lr}
 
     def _plain_state_dict(self) -> dict[str, Any]:
         return self._ng_inner.state_dict()

@@ -60,6 +60,7 @@ class StepWatch:
     @contextlib.contextmanager
     def _region(self, parameters: Sequence[Tensor], scaler: LossScaler | None) -> Iterator[None]:
         check_usable(parameters)
+        self._let_go()
         self._fisher.parameters = [*parameters]
         needs = self._needs()
         observer = Observer(
@@ -82,6 +83,13 @@ class StepWatch:
             last = observer.observation
             if last is not first and not last.tape.calls:
                 self.observations.remove(last)  # nothing came after the last step
+
+    def _let_go(self) -> None:
+        """Keep no graph that the user has let go, and nothing of one without a backward pass."""
+        for observation in [o for o in self.observations if o.over]:
+            observation.release()
+            if not observation.scored:
+                self.observations.remove(observation)
 
     def generator(self, device: torch.device) -> torch.Generator:
         """The private source of randomness that scores are drawn from."""

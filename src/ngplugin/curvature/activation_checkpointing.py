@@ -11,6 +11,7 @@ backward pass gets it once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,20 +20,37 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
+from ngplugin.curvature.process_wide import ProcessWide
+
 _T = TypeVar("_T")
+
+
+_THREADS: list[int] = []  # in which checkpoints are opened, once for each context
 
 
 @contextmanager
 def reentrant_checkpoints_opened() -> Iterator[None]:
-    """A context in which reentrant checkpoints are non-reentrant ones."""
-    if "apply" in vars(CheckpointFunction):  # opened already, or somebody else's
+    """A context in which reentrant checkpoints of this thread are non-reentrant ones."""
+    thread = threading.get_ident()
+    with _OPENED.made():
+        _THREADS.append(thread)
+        try:
+            yield
+        finally:
+            _THREADS.remove(thread)
+
+
+@contextmanager
+def _opened() -> Iterator[None]:
+    if "apply" in vars(CheckpointFunction):  # somebody else's
         yield
         return
     inherited: Callable[..., Any] = CheckpointFunction.apply
 
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        if not any(isinstance(t, Tensor) and t.requires_grad for t in args):
-            # What is inside gets no gradient, whatever it is, and torch warns of it.
+        differentiable = any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        if threading.get_ident() not in _THREADS or not differentiable:
+            # What is inside of one of constants gets no gradient, and torch warns of it.
             return inherited(function, preserve_rng_state, *args)
 
         def opened(*inputs: Any) -> Any:  # and opened when it is computed again, after observation
@@ -46,6 +64,9 @@ def reentrant_checkpoints_opened() -> Iterator[None]:
         yield
     finally:
         del CheckpointFunction.apply
+
+
+_OPENED = ProcessWide(_opened)
 
 
 def in_a_backward_pass_of_its_own(act: Callable[[], _T], device: torch.device) -> _T:

@@ -475,3 +475,7 @@ class Fisher:
             block = BLOCKS[saved["kind"]].made(parameters, saved["layout"])
             block.load_state_dict(saved)
             self._choice.settle(block, saved["reasons"])
+        with torch.no_grad():  # matrices of another size would show in some later step
+            zeros = {id(p): torch.zeros_like(p) for p in self.parameters}
+            self.precondition(zeros)
+            self.product(zeros)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -78,6 +79,7 @@ class Observation:
     claimed: set[int] = field(default_factory=set)  # memory that an objective was computed from
     joined: bool = False  # in a model that processes leave when their batches end
     spent: bool = False  # its backward pass was run, and its gradients were zeroed
+    hooks: list[weakref.ref[Any]] = field(default_factory=list)  # as long as the graph has them
 
     def replay(
         self, leaves: Mapping[int, Tensor] | None = None
@@ -89,6 +91,11 @@ class Observation:
         losses = sorted(self.scored, key=lambda loss: loss.mark.position)
         marks = [loss.mark for loss in losses]
         return list(zip(losses, self.tape.replay(marks, leaves), strict=True))
+
+    @property
+    def over(self) -> bool:
+        """Whether no backward pass can come to a loss any more, its graph being gone."""
+        return all(hook() is None for hook in self.hooks)
 
     def forget_scores(self) -> None:
         """Drop what a backward pass has told, its gradients having been zeroed."""

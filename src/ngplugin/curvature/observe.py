@@ -20,8 +20,10 @@ losses get their gradients.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -49,6 +51,7 @@ from ngplugin.curvature.likelihoods import (
 )
 from ngplugin.curvature.likelihoods.loss_call import widened
 from ngplugin.curvature.observation import Observation, ScoredLoss
+from ngplugin.curvature.process_wide import ProcessWide
 from ngplugin.curvature.ranks import joined, several_ranks
 from ngplugin.curvature.recorded_call import Mark, tensors_in
 from ngplugin.curvature.score_backward import ScoreBackward, ScoreSink
@@ -66,8 +69,9 @@ from ngplugin.curvature.taps import (
 
 _SAME = 1e-2  # relative difference of a value that is computed again, in any precision
 
-#: Those that watch now, the innermost last.
-ACTIVE: list[Observer] = []
+# Compiled code would hide its calls; the unobserved steps still run compiled.
+_EAGER = ProcessWide(lambda: torch.compiler.set_stance("force_eager"))
+_ACTIVE: list[Observer] = []  # those that watch now
 
 
 _OVERWRITTEN = (
@@ -97,6 +101,12 @@ class LossScaler(Protocol):
 
     def get_scale(self) -> float:
         """The present factor."""
+
+
+def active(thread: int | None = None) -> list[Observer]:
+    """Those that watch a thread now, the innermost last; None for this one."""
+    thread = threading.get_ident() if thread is None else thread
+    return [observer for observer in tuple(_ACTIVE) if observer._thread == thread]
 
 
 class Observer(TorchFunctionMode):
@@ -129,6 +139,7 @@ class Observer(TorchFunctionMode):
         self._draws = draws
         self._generator = generator
         self._scaler = scaler
+        self._thread = threading.get_ident()  # a mode watches that alone
         self._paused = False
         self._examples: int | None = None  # inside a composite, where rows have them last
         self._in_log_prob = False
@@ -139,17 +150,16 @@ class Observer(TorchFunctionMode):
     def __enter__(self) -> Any:
         """Start watching."""
         if "torch._dynamo" in sys.modules:
-            # Compiled code would hide its calls; the unobserved steps still run compiled.
-            self._contexts.enter_context(torch.compiler.set_stance("force_eager"))
+            self._contexts.enter_context(_EAGER.made())
         self._contexts.enter_context(watching_log_prob(self._log_prob))
         self._contexts.enter_context(reentrant_checkpoints_opened())
-        ACTIVE.append(self)
+        _ACTIVE.append(self)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *exc: Any) -> None:
         """Stop watching; the hooks on the losses stay until the backward pass has fired them."""
         super().__exit__(*exc)  # type: ignore[no-untyped-call]
-        ACTIVE.remove(self)
+        _ACTIVE.remove(self)
         self._contexts.close()
 
     def restart(self, sink: ScoreSink | None, record: bool) -> Observation:
@@ -335,6 +345,7 @@ class Observer(TorchFunctionMode):
             observation.seconds += time.perf_counter() - started
 
         value.register_hook(hook)
+        observation.hooks.append(weakref.ref(hook))
 
     def _score(
         self, observation: Observation, loss: ScoredCall, mark: Mark, gradient: Tensor
@@ -433,10 +444,13 @@ class _Again(AbstractContextManager[None]):
 
 
 class _Paused(AbstractContextManager[None]):
-    """None of our own calls is seen, by whichever optimizer's observer."""
+    """None of our own calls is seen, by whichever optimizer's observer.
+
+    The backward pass may be in a thread of the device's, where our calls are seen by nobody.
+    """
 
     def __init__(self, observer: Observer) -> None:
-        self._observers = {observer, *ACTIVE}
+        self._observers = {observer, *active(observer._thread)}
 
     def __enter__(self) -> None:
         self._were = {observer: observer._paused for observer in self._observers}

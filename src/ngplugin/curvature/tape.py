@@ -10,8 +10,10 @@ numbers (the generator's state is kept for each call that consumed any), the aut
 Python's control flow. What it never touches: buffers (a call that changed one, such as batch
 normalization, gets a copy of it), gradients, and the global random state.
 
-Tensors made during the recording are known by weak reference. Only the outputs of layers are kept
-alive, until `release`: the objective as a function of the last ones is of interest too.
+Tensors made during the recording are known by weak reference, and the nodes of the graph by what is
+written into them, so that the graph of an objective goes when the user lets it go. Only the outputs
+of layers are kept alive, until `release`: the objective as a function of the last ones is of
+interest too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import Parameter, is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ngplugin.curvature.process_wide import ProcessWide
 from ngplugin.curvature.random_state import random_state, set_random_state
 from ngplugin.curvature.recorded_call import (
     Entry,
@@ -41,6 +44,8 @@ from ngplugin.curvature.subclasses import plain
 
 # Update running statistics among their arguments without raising those tensors' version counters.
 _WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
+
+_ATTENTION_IN_STEPS = ProcessWide(lambda: sdpa_kernel(SDPBackend.MATH))
 
 
 def _same(t: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ class Tape:
         self.device = parameters[0].device if parameters else torch.device("cpu")
         self.calls: list[RecordedCall] = []
         self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
-        self._nodes: dict[tuple[Any, int], Slot] = {}  # of the graph -> slot
+        self._key = object()  # under which nodes of the graph have the slots of what they made
         self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
@@ -122,11 +127,10 @@ class Tape:
         if entry != "none":
             made = zip(outputs, tensors_in(result), strict=True)
             self.made.update((slot, t) for slot, t in made if slot is not None)
-        self._nodes.update(
-            ((t.grad_fn, t.output_nr), self._slots[t])
-            for t in tensors_in(result)
-            if t.grad_fn is not None and t in self._slots
-        )
+        for t in tensors_in(result):
+            node: Any = t.grad_fn
+            if node is not None and t in self._slots:
+                node.metadata[self._key, t.output_nr] = self._slots[t]
         if entry == "alone":
             origins = self._parameters_in(inputs)
             self._alone.update((slot, origins) for slot in outputs if slot is not None)
@@ -214,7 +218,6 @@ class Tape:
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
         self.made.clear()
-        self._nodes.clear()
 
     def mark(self, tensors: Sequence[Tensor]) -> Mark:
         """Remember `tensors`, as they are now, as something a replay shall return."""
@@ -253,7 +256,7 @@ class Tape:
         differentiates = any(call.function is torch.autograd.grad for _, call in calls)
         kernels: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if leaves is not None:
-            differentiates, kernels = True, sdpa_kernel(SDPBackend.MATH)
+            differentiates, kernels = True, _ATTENTION_IN_STEPS.made()
         values: dict[int, Tensor] = {slot: torch.clone(t) for slot, t in self._originals.items()}
         replaced = leaves or {}
         waiting = list(marks)
@@ -378,12 +381,16 @@ class Tape:
         `as_subclass` does that, and constructors of subclasses; autograd calls it an alias.
         """
         for t in tensors:
-            node, nr = t.grad_fn, t.output_nr
+            node: Any = t.grad_fn
+            nr = t.output_nr
             if node is None or self.origin_known(t):
                 continue
-            while (node, nr) not in self._nodes and node and node.name() == "AliasBackward0":
+            of: Any = None
+            while node is not None:
+                of = node.metadata.get((self._key, nr), getattr(node, "variable", None))
+                if of is not None or node.name() != "AliasBackward0":
+                    break
                 node, nr = node.next_functions[0]
-            of: Any = self._nodes.get((node, nr), getattr(node, "variable", None))
             if of is not None:
                 call = RecordedCall(
                     _same, (of,), {}, (self._new_slot(t),), frozenset(), None, None, True, "none"

@@ -57,7 +57,8 @@ class NaturalGradient(Callback):
         show_summary: print at the end what the fit's numbers say, and what to change.
         show_progress: KL and step scale of the last measured step in the progress bar.
         optimizers: which of the module's optimizers are to be natural, where there are several, by
-            their places in what `configure_optimizers()` returned; None for all.
+            their places in what `configure_optimizers()` returned; None for all. Several callbacks
+            of one trainer need this, to share them out.
         momentum: of the running sum of gradients, in [0, 1).
         nesterov: look ahead along the momentum.
         kl_radius: how far a step may move the prediction, nats per term of the loss; None for no
@@ -181,14 +182,28 @@ class NaturalGradient(Callback):
         self.optimizers = optimizers
         self._ng_optimizers: list[NaturalGradientOptimizer] = []
         self._chosen_places: list[int] = []  # where they were in what the module returned
-        self._names: dict[int, str] = {}  # id of a parameter to its name in the module
-        self._watching = ExitStack()
         self._rewritten = False  # whether the strategy keeps of optimizer states what it knows
+        self._rest()
+        self._logs: list[FitLog] = [FitLog()]
+
+    def _rest(self) -> None:
+        """Be in no fit."""
+        self._fit: Any = None  # the state of the trainer whose fit this is
+        self._watching = ExitStack()
         self._scaler: Any = None  # of the loss, under 16-bit precision
         self._listeners: list[Callable[[StepReport], None]] = []  # ours, one an optimizer
         self._running: RunningStatistics | None = None  # of the module
         self._reports: list[tuple[int, StepReport]] = []  # of the present batch
-        self._logs: list[FitLog] = [FitLog()]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is in no fit, whatever the original is in."""
+        self.__dict__.update(state)
+        self._rest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to a fit that is going on."""
+        passing = ("_fit", "_watching", "_scaler", "_listeners", "_reports", "_running")
+        return {name: value for name, value in self.__dict__.items() if name not in passing}
 
     # -- looking at it -------------------------------------------------------------------------
 
@@ -259,16 +274,24 @@ class NaturalGradient(Callback):
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Put natural-gradient optimizers in the place of the module's own."""
+        elsewhere = self._fit is not None and self._fit is not trainer.state
+        if elsewhere and self._fit.status == "running":
+            raise OptionError(
+                "this NaturalGradient is in the middle of a fit of another trainer. Give each "
+                "trainer one of its own."
+            )
         self._clean_up()
+        self._fit = trainer.state
         self._ng_optimizers = []
         if not self.enabled:
             return
         given = list(trainer.strategy.optimizers)
         chosen = self._chosen(given)
-        self._names = {id(p): name for name, p in pl_module.named_parameters()}
+        known = {id(p): name for name, p in pl_module.named_parameters()}
         parameters = [p for i in chosen for g in given[i].param_groups for p in g["params"]]
-        names = {self._names.get(id(p), f"no. {i}"): p for i, p in enumerate(parameters)}
+        names = {known.get(id(p), f"no. {i}"): p for i, p in enumerate(parameters)}
         trainer_settings.check(trainer, names)
+        self._check_alone(trainer, {i: given[i] for i in chosen})
         for i in chosen:
             given[i] = self._natural(given[i])
         trainer.strategy.optimizers = given
@@ -285,7 +308,7 @@ class NaturalGradient(Callback):
             self._logs[i].begin({"lr": lr, **vars(optimizer.options)})
             self._listeners.append(self._listener(i))
             optimizer.listeners.append(self._listeners[i])
-            optimizer.parameter_names.update(self._names)
+            optimizer.parameter_names.update(known)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -376,11 +399,16 @@ class NaturalGradient(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Stop observing."""
-        self._clean_up()
+        self._end(trainer)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Stop observing; the optimizers stay, so that a checkpoint may still be written."""
-        self._clean_up()
+        self._end(trainer)
+
+    def _end(self, trainer: Any) -> None:
+        if self._fit is trainer.state:  # and not that of a fit inside of ours, which was refused
+            self._clean_up()
+            self._rest()
 
     def _clean_up(self) -> None:
         self._watching.close()
@@ -402,6 +430,17 @@ class NaturalGradient(Callback):
                 f"{wrong[0]}; configure_optimizers() returned {len(given)}, numbered from 0."
             )
         return sorted(set(self.optimizers))
+
+    def _check_alone(self, trainer: Any, chosen: dict[int, Any]) -> None:
+        """No other callback of the fit, which began before, may have one of these optimizers."""
+        others = [c for c in trainer.callbacks if isinstance(c, NaturalGradient) and c is not self]
+        theirs = {id(o) for c in others if c._fit is self._fit for o in c._ng_optimizers}
+        if taken := [i for i, optimizer in chosen.items() if id(optimizer) in theirs]:
+            raise OptionError(
+                f"two NaturalGradient callbacks for optimizer {taken[0]}. One makes all optimizers "
+                "natural; two can share them out, as NaturalGradient(optimizers=[0]) and "
+                "NaturalGradient(optimizers=[1])."
+            )
 
     def _natural(self, optimizer: Any) -> NaturalGradientOptimizer:
         """An optimizer of the module with natural steps."""

@@ -108,8 +108,11 @@ class FitLog:
         except Exception as error:
             if what not in self._told:
                 self._told.add(what)
+                cause: BaseException = error
+                while cause.__cause__ is not None:  # a logger may say that it is the value's fault
+                    cause = cause.__cause__
                 warnings.warn(
-                    f"ngplugin: {what} could not be logged ({type(error).__name__}: {error}); "
+                    f"ngplugin: {what} could not be logged ({type(cause).__name__}: {cause}); "
                     "training goes on, and this is said once.",
                     stacklevel=2,
                 )

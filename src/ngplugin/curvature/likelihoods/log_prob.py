@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from ngplugin.curvature.likelihoods.likelihood import (
     turns,
 )
 from ngplugin.curvature.likelihoods.loss_call import ScoredCall, fixed, last, widened
+from ngplugin.curvature.process_wide import ProcessWide
 
 _DRAWS = 64  # for information that is not to be had from the KL
 _SAMPLES = 16  # for each term's KL where it has no closed form
@@ -299,25 +300,38 @@ def read_log_prob(distribution: Distribution, value: Tensor) -> LogProbCall | No
     return LogProbCall(name, tuple(tensors.values()), value.detach(), now)
 
 
+_Around: TypeAlias = Callable[[Callable[[], Tensor], Distribution, Tensor], Tensor]
+_WATCHING: list[tuple[int, _Around]] = []  # what calls of which thread go through, outermost last
+
+
 @contextmanager
-def watching_log_prob(
-    around: Callable[[Callable[[], Tensor], Distribution, Tensor], Tensor],
-) -> Iterator[None]:
+def watching_log_prob(around: _Around) -> Iterator[None]:
     """A context in which every `log_prob(value)` of this thread goes through `around`.
 
     Args:
         around: gets the call, the distribution and the value; returns the result.
     """
-    thread = threading.get_ident()
+    watcher = threading.get_ident(), around
+    with _WATCHED.made():
+        _WATCHING.append(watcher)
+        try:
+            yield
+        finally:
+            _WATCHING.remove(watcher)
 
+
+@contextmanager
+def _watched() -> Iterator[None]:
     def watched(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(original)
         def log_prob(self: Distribution, *args: Any, **kwargs: Any) -> Tensor:
             compute = functools.partial(original, self, *args, **kwargs)
             values = [*args, *kwargs.values()]
-            if threading.get_ident() != thread or len(values) != 1:
-                return compute()
-            return around(compute, self, values[0]) if isinstance(values[0], Tensor) else compute()
+            if len(values) == 1 and isinstance(values[0], Tensor):
+                for thread, around in tuple(_WATCHING):
+                    if thread == threading.get_ident():
+                        compute = functools.partial(around, compute, self, values[0])
+            return compute()
 
         return log_prob
 
@@ -331,6 +345,9 @@ def watching_log_prob(
     finally:
         for c, original in own:
             c.log_prob = original
+
+
+_WATCHED = ProcessWide(_watched)
 
 
 def _classes(root: type) -> set[type]:
