@@ -55,9 +55,13 @@ def _metric(name: str, results: Mapping[str, Any]) -> float | None:
 
 
 def main() -> None:
-    """Check the command line, then run one job, or with -m many."""
+    """Check the command line, rehearse what it asks for, then run one job, or with -m many."""
     with errors_in_one_line("train.py"):
-        check(sys.argv[1:], CONF, "train")
+        runs = check(sys.argv[1:], CONF, "train")
+        if runs:
+            from experiments.rehearsal import rehearse  # takes seconds to import
+
+            rehearse(runs, CONF, "train")
         with leaderboard_of_what_there_is(sys.argv[1:]):
             job()
 

@@ -70,7 +70,7 @@ def errors_in_one_line(program: str, *, always: bool = False) -> Iterator[None]:
     except (CommandLineError, HydraException, OmegaConfBaseException, OSError) as error:
         if not _is_the_users(error):
             raise
-        sys.stderr.write(f"{program}: error: {_one_line(error)}\n")
+        sys.stderr.write(f"{program}: error: {one_line(error)}\n")
         raise SystemExit(2) from None
     finally:
         os.environ.pop(_FULL_ERROR)
@@ -96,7 +96,7 @@ def made_from(key: str) -> Iterator[None]:
     except CommandLineError:
         raise
     except Exception as error:  # a constructor says it in its own way
-        raise CommandLineError(f"{key}: {_one_line(error)}") from error
+        raise CommandLineError(f"{key}: {one_line(error)}") from error
 
 
 def check(arguments: Sequence[str], config_dir: Path, config_name: str) -> list[list[str]]:
@@ -159,7 +159,7 @@ def composed(config_name: str, overrides: Sequence[str], **options: Any) -> Dict
     except (HydraException, OmegaConfBaseException):
         raise
     except Exception as error:
-        raise CommandLineError(f"{shlex.join(overrides)}: {_one_line(error)}") from error
+        raise CommandLineError(f"{shlex.join(overrides)}: {one_line(error)}") from error
 
 
 def _options_of_hydra(arguments: Sequence[str]) -> argparse.Namespace:
@@ -168,8 +168,12 @@ def _options_of_hydra(arguments: Sequence[str]) -> argparse.Namespace:
     names = [name for action in parser._actions for name in action.option_strings]
 
     def refuse(message: str) -> NoReturn:
-        unknown = message.rpartition(" ")[2] if "unrecognized" in message else ""
-        raise CommandLineError(message + nearest(unknown, names))
+        unknown = message.partition("unrecognized arguments: ")[2]
+        if unknown.startswith("-"):
+            message += nearest(unknown.split()[0], names)
+        elif unknown:
+            message = f"{unknown}: expected beside the other KEY=VALUE, with -m and the like first"
+        raise CommandLineError(message)
 
     parser.error = refuse  # type: ignore[method-assign]
     options = parser.parse_args(list(arguments))
@@ -189,7 +193,7 @@ def _parse(argument: str) -> Override:
         return parser.parse_override(argument)
     except HydraException as error:
         raise CommandLineError(
-            f"{argument}: not KEY=VALUE as Hydra reads it ({_one_line(error)}); "
+            f"{argument}: not KEY=VALUE as Hydra reads it ({one_line(error)}); "
             f"try quotes: '{argument}'"
         ) from error
 
@@ -216,6 +220,7 @@ def _check_composed(overrides: Sequence[Override], config_name: str) -> None:
         for override in values:
             if _changes(override):
                 _check_value(override, keys, groups)
+                _check_resolved(override, keys, combination, config_name)
             elif not override.is_delete():
                 _check_added(override, {*keys, *groups}, given)
 
@@ -291,6 +296,23 @@ def _check_value(
             )
 
 
+def _check_resolved(
+    override: Override, keys: Mapping[str, Any], chosen: Sequence[str], config_name: str
+) -> None:
+    """Of an interpolation, what it comes to, where that is known already."""
+    line, key = str(override.input_line), override.key_or_group
+    if "${" not in line or override.is_sweep_override():
+        return
+    config = composed(config_name, [*chosen, line])
+    value = OmegaConf.select(config, key, throw_on_resolution_failure=False)
+    if value is not None and not OmegaConf.is_config(value):
+        expected = expected_instead(value, keys[key], may_be_null=True)
+        if expected:
+            raise CommandLineError(
+                f"{line}: expected {expected}, such as {_text(keys[key])}, and not {value!r}"
+            )
+
+
 def _check_added(override: Override, known: Collection[str], given: str) -> None:
     """A new key that nothing reads is misspelled; what objects take is told where one is made."""
     top = override.key_or_group.partition(".")[0]
@@ -352,7 +374,7 @@ def _text(value: Any) -> str:
     return words[value] if value is None or isinstance(value, bool) else str(value)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The message of what first went wrong, without line breaks."""
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__

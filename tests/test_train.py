@@ -126,9 +126,9 @@ def test_values_that_only_their_user_can_judge(
 ) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         train(compose_config(*SMALL, "logger=csv", "optimizer=natgrad", override), tmp_path)
-    from experiments.command_line import _one_line
+    from experiments.command_line import one_line
 
-    assert expected in _one_line(caught.value).replace("Missing", "missing")
+    assert expected in one_line(caught.value).replace("Missing", "missing")
 
 
 def test_a_bad_value_ends_the_program_with_one_line(tmp_path: Path) -> None:
