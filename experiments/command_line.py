@@ -136,9 +136,9 @@ def check(arguments: Sequence[str], config_dir: Path, config_name: str) -> list[
         return _runs(everything, config_name) if multirun else [list(options.overrides)]
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def nearest(word: object, known: Iterable[str]) -> str:
     """The end of a message about a word that is not among those known: which one is like it."""
-    found = difflib.get_close_matches(word, list(known), n=1)
+    found = difflib.get_close_matches(str(word), list(known), n=1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -180,6 +180,9 @@ def _options_of_hydra(arguments: Sequence[str]) -> argparse.Namespace:
     modes = [name for name in ("run", "multirun", "cfg", "info") if getattr(options, name)]
     if len(modes) > 1:
         raise CommandLineError(f"--{modes[0]} with --{modes[1]}: expected one of them")
+    rerun = options.experimental_rerun
+    if rerun is not None and not Path(rerun).is_file():
+        raise CommandLineError(f"--experimental-rerun={rerun}: expected a pickle of Hydra's")
     if options.resolve and not (options.cfg or options.help):
         raise CommandLineError("--resolve: expected beside --cfg, of whose values it is one")
     return options
@@ -189,8 +192,9 @@ def _parse(argument: str) -> Override:
     if "=" not in argument and not argument.startswith("~"):
         raise CommandLineError(f"{argument}: expected KEY=VALUE, such as optimizer=adamw")
     try:
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        return parser.parse_override(argument)
+        override = OverridesParser.create().parse_override(argument)
+        override.config_loader = GlobalHydra.instance().config_loader()  # which glob() asks
+        return override
     except HydraException as error:
         raise CommandLineError(
             f"{argument}: not KEY=VALUE as Hydra reads it ({one_line(error)}); "

@@ -91,7 +91,7 @@ def make_task(cfg: DictConfig) -> tuple[SplitData, Task]:
         data = _expect(SplitData, _make(cfg.data))
         data.setup()
     with made_from("model"):
-        network = _expect(nn.Module, _make_network(cfg.model, data.dimensions))
+        network = _expect(nn.Module, _make_network(cfg.model, data.dimensions, type(data).__name__))
     with made_from("optimizer"):
         optimizer = _make(cfg.optimizer)
     with made_from("schedule"):
@@ -147,7 +147,9 @@ def _make(node: DictConfig, **more: Any) -> Any:
     return instantiate(node, _convert_="all", **more)
 
 
-def _make_network(node: DictConfig, dimensions: Mapping[str, Any]) -> nn.Module:
+def _make_network(
+    node: DictConfig, dimensions: Mapping[str, Any], of: str = "these data"
+) -> nn.Module:
     """A network is told those of the data's dimensions that it has arguments for.
 
     Raises:
@@ -162,7 +164,7 @@ def _make_network(node: DictConfig, dimensions: Mapping[str, Any]) -> nn.Module:
     ]
     if missing:
         raise ValueError(
-            f"{node._target_} needs {' and '.join(missing)}, but these data have "
+            f"{node._target_} needs {' and '.join(missing)}, but {of} has "
             f"{', '.join(dimensions)}; choose another model= or data=, or an experiment="
         )
     return factory(**{k: v for k, v in dimensions.items() if k in arguments})  # type: ignore[no-any-return]

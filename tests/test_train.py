@@ -234,7 +234,7 @@ def test_a_network_that_does_not_fit_the_data_is_told_so(
     compose_config: Compose, tmp_path: Path
 ) -> None:
     cfg = compose_config("data=digits", "model=dense", "logger=none")
-    message = "model: experiments.tasks.networks.dense needs inputs and outputs, but these data"
+    message = "model: experiments.tasks.networks.dense needs inputs and outputs, but Digits has"
     with pytest.raises(CommandLineError, match=message):
         train(cfg, tmp_path)
 

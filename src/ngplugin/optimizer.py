@@ -22,7 +22,15 @@ from ngplugin.damping import Damping
 from ngplugin.errors import OptionError
 from ngplugin.layer_balance import LayerBalance
 from ngplugin.natural_step import NaturalGradientStep
-from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_choice, check_number
+from ngplugin.options import (
+    NoiseVariance,
+    Options,
+    StepSize,
+    Structure,
+    check_choice,
+    check_number,
+    names_nearest,
+)
 from ngplugin.report import Coverage, StepReport
 from ngplugin.step_group import StepGroup
 
@@ -147,6 +155,7 @@ class NaturalGradientOptimizer(Optimizer):
     Defaults: chosen here, by the runs in `experiments/`.
     """
 
+    @names_nearest
     def __init__(
         self,
         params: Iterable[Any],
