@@ -291,7 +291,8 @@ def _check_value(
 ) -> None:
     key = override.key_or_group
     if key not in keys:
-        raise CommandLineError(f"{override.input_line}: {_no_such_key(key, [*keys, *groups])}")
+        known = [*dict.fromkeys((*keys, *groups))]
+        raise CommandLineError(f"{override.input_line}: {_no_such_key(key, known)}")
     for value in _values(override):
         expected = expected_instead(value, keys[key], may_be_null="." in key)
         if expected:

@@ -87,6 +87,10 @@ def _check_arguments(key: str, target: str, node: Mapping[str, Any]) -> None:
         parameters = inspect.signature(_found(target)).parameters
     except (TypeError, ValueError):
         return
+    for name in (name for name, value in node.items() if value is None and name in parameters):
+        annotation = str(parameters[name].annotation)
+        if not any(word in annotation for word in ("None", "Optional", "Any", "empty")):
+            raise CommandLineError(f"{key}{name}=null: expected a value")
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     names = [name for name in parameters if name not in given]

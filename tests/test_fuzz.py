@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lightning as L
@@ -23,8 +24,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hypothesis import HealthCheck, event, given, settings
-from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 import train
@@ -32,7 +31,6 @@ from experiments.rehearsal import _FirstBatch
 from tests.environment import REPOSITORY
 
 CONF = REPOSITORY / "conf"
-RANDOM = "NGPLUGIN_FUZZ" in os.environ
 EXAMPLES = int(os.environ.get("NGPLUGIN_FUZZ", "12"))
 GROUPS = {
     str(folder.relative_to(CONF)): sorted(path.stem for path in folder.glob("*.yaml"))
@@ -104,6 +102,7 @@ TARGETS = (
     "experiments.tasks.networks.ACTIVATIONS", "lightning.pytorch.callbacks.EarlyStopping",
     "lightning.pytorch.callbacks.Callback", "lightning.pytorch.loggers.CSVLogger",
 )  # fmt: skip
+STARTS_PROCESSES = ("trainer.devices", "trainer.num_nodes")
 CALLBACK = "+callbacks.more={_target_:lightning.pytorch.callbacks."
 ADDED = (
     "+trainer.fast_dev_run=true", "+trainer.limit_train_batches=0", "++trainer.limit_val_batches=0",
@@ -160,55 +159,42 @@ def _is_word(value: Any) -> bool:
     return value is None or isinstance(value, bool)
 
 
-@st.composite
-def misspelled(draw: st.DrawFn, word: str) -> str:
+def misspelled(word: str, random: Random) -> str:
     """With a letter lost, doubled, moved, or of the other case."""
-    i = draw(st.integers(0, max(len(word) - 1, 0)))
+    i = random.randrange(len(word))
     a, b = word[i : i + 1], word[i + 1 : i + 2]
-    change = draw(st.sampled_from(["", a + a + b, b + a, a.swapcase() + b]))
-    return word[:i] + change + word[i + 2 :]
+    return word[:i] + random.choice(["", a + a + b, b + a, a.swapcase() + b]) + word[i + 2 :]
 
 
-@st.composite
-def overrides(draw: st.DrawFn, values: dict[str, str]) -> str:
+def override(values: dict[str, str], random: Random) -> str:
     """Of one key or group, right or wrong."""
-    key = draw(st.sampled_from([*values]))
-    group = draw(st.sampled_from([*GROUPS]))
-    option = draw(st.sampled_from(GROUPS[group]))
-    near = misspelled(draw(st.sampled_from(WORDS)))
-    value: st.SearchStrategy[str] = st.one_of(
-        st.just(values[key]), st.sampled_from(NUMBERS), st.sampled_from(WORDS),
-        st.sampled_from(ODD), near, st.just(f"${{{key}}}"), st.text(max_size=5),
-    )  # fmt: skip
-    if key.endswith("_target_"):
-        value = st.sampled_from(TARGETS)
-    typed = draw(value)
-    return draw(
-        st.one_of(
-            *[st.just(f"{key}={typed}")] * 6,
-            misspelled(key).map(lambda wrong: f"{wrong}={typed}"),
-            st.sampled_from(
-                [f"+{key}={typed}", f"++{key}={typed}", f"+{key}.x={typed}", f"~{key}"]
-            ),
-            st.sampled_from(
-                [f"{group}={option}", f"~{group}", f"{group}=null", f"{group}={typed}"]
-            ),
-            misspelled(option).map(lambda wrong: f"{group}={wrong}"),
-            misspelled(group).map(lambda wrong: f"{wrong}={option}"),
-            st.sampled_from(ADDED),
-            st.sampled_from(ADDED),
-            st.sampled_from(HYDRA),
-        )
-    )
+    key, group = random.choice([*values]), random.choice([*GROUPS])
+    option, right = random.choice(GROUPS[group]), values[key]
+    near, own = misspelled(random.choice(WORDS), random), f"${{{key}}}"
+    kinds = [*[[right]] * 3, *[NUMBERS] * 2, *[WORDS] * 2, ODD, [near], [own]]
+    value = random.choice(TARGETS if key.endswith("_target_") else random.choice(kinds))
+    if key in STARTS_PROCESSES and value in NUMBERS:
+        value = "0"
+    lines = [
+        *[f"{key}={value}"] * 8,
+        *[random.choice(ADDED)] * 2,
+        random.choice(HYDRA),
+        f"{misspelled(key, random)}={value}",
+        random.choice(["+", "++", "~"]) + f"{key}={value}",
+        random.choice([f"~{key}", f"~{group}", f"+{key}.x={value}"]),
+        *[f"{group}={option}"] * 2,
+        f"{group}={random.choice(['null', value, misspelled(option, random)])}",
+        f"{misspelled(group, random)}={option}",
+    ]
+    return random.choice(lines)
 
 
-@st.composite
-def command_lines(draw: st.DrawFn) -> list[str]:
+def command_line(number: int) -> list[str]:
     """Something small that works, and one to four overrides after it."""
-    small = SMALL[draw(st.sampled_from([*SMALL]))]
-    chosen = (*QUICK, *small, *draw(st.sampled_from(BESIDE)))
-    wrong = draw(st.lists(overrides(keys(chosen)), min_size=1, max_size=4))
-    flags = draw(st.sampled_from([[]] * 20 + [[flag] for flag in FLAGS]))
+    random = Random(number)
+    chosen = (*QUICK, *SMALL[random.choice([*SMALL])], *random.choice(BESIDE))
+    wrong = [override(keys(chosen), random) for _ in range(random.choice([1, 1, 2, 3, 4]))]
+    flags = [random.choice(FLAGS)] if random.random() < 0.03 else []
     return [*flags, *chosen, *wrong]
 
 
@@ -279,6 +265,8 @@ def outcome(arguments: list[str]) -> str:
             status: Any = 0
         except SystemExit as end:
             status = end.code or 0
+        except Exception as error:
+            raise AssertionError(f"{type(error).__name__}: {error}") from error
         left = {path.name for path in Path(folder).iterdir()}
     assert left <= {"outputs", "multirun"}
     if status == 0:
@@ -292,10 +280,25 @@ def outcome(arguments: list[str]) -> str:
     return "refused"
 
 
-@settings(
-    max_examples=EXAMPLES, deadline=None, derandomize=not RANDOM, database=None,
-    suppress_health_check=[*HealthCheck],
-)  # fmt: skip
-@given(arguments=command_lines())
-def test_it_trains_or_says_in_one_line_what_is_wrong(arguments: list[str]) -> None:
-    event(outcome(arguments))
+def fails(arguments: list[str]) -> AssertionError | None:
+    try:
+        outcome(arguments)
+    except AssertionError as error:
+        return error
+    return None
+
+
+def shrunk(arguments: list[str]) -> list[str]:
+    """What is left of arguments that fail when those are taken away that have no part in it."""
+    for argument in arguments:
+        fewer = [a for a in arguments if a is not argument]
+        if fails(fewer):
+            arguments = fewer
+    return arguments
+
+
+@pytest.mark.parametrize("number", range(EXAMPLES))
+def test_it_trains_or_says_in_one_line_what_is_wrong(number: int) -> None:
+    arguments = command_line(number)
+    if error := fails(arguments):
+        raise AssertionError(f"{shrunk(arguments)}: {error}") from error
