@@ -112,6 +112,7 @@ def _rehearse(cfg: DictConfig) -> None:
                 "trainer: there is nothing to train; expected max_epochs, max_steps and "
                 "limit_train_batches to leave one batch at least"
             )
+        _check_burn_in(trainer, first.steps)
         _check_names(cfg, first, callbacks)
 
 
@@ -126,12 +127,14 @@ class _FirstBatch(Callback):
         seen: whether there was one.
         logged: names of metrics, by the stage in which they are logged.
         validates: whether the fit comes to a validation, so far as steps and epochs tell.
+        steps: of the whole fit.
     """
 
     def __init__(self) -> None:
         self.seen = False
         self.logged: dict[str, set[str]] = {}
         self.validates = False
+        self.steps = 0.0
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -148,6 +151,7 @@ class _FirstBatch(Callback):
             with trainer.precision_plugin.forward_context():
                 self.logged[stage] = {f"{stage}/{name}" for name in pl_module.measure(batch)}
         self.validates = _validates(trainer)
+        self.steps = float(trainer.estimated_stepping_batches)
         if not trainer.limit_test_batches:
             self.logged["test"] = set()
         raise _Rehearsed
@@ -182,6 +186,22 @@ def _blamed_on(what: str) -> Iterator[None]:
             f"{what}: the first batch fails with {type(error).__name__}: {one_line(error)}; choose "
             "others that fit together, or an experiment= (HYDRA_FULL_ERROR=1 shows where)"
         ) from error
+
+
+def _check_burn_in(trainer: L.Trainer, steps: float) -> None:
+    """Refuse a burn-in that outlasts the run.
+
+    Raises:
+        CommandLineError: no step would be made.
+    """
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, ngplugin.NaturalGradientOptimizer):
+            burn_in = optimizer.options.burn_in
+            if burn_in >= steps:
+                raise CommandLineError(
+                    f"burn_in={burn_in} with {steps:g} steps in all by trainer.max_epochs and "
+                    "trainer.max_steps: no step would be made; give a smaller one, or more steps"
+                )
 
 
 def _check_names(cfg: DictConfig, first: _FirstBatch, callbacks: Sequence[Callback]) -> None:

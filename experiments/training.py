@@ -33,6 +33,11 @@ from experiments.tasks.splits import SplitData
 from experiments.tasks.task import Task
 
 Made = TypeVar("Made")
+#: What Lightning takes without a look, and how much it has to be.
+_LEAST = {
+    "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0,
+    "log_every_n_steps": 0, "num_sanity_val_steps": -1,
+}  # fmt: skip
 _NEEDED = ("data", "model", "task", "optimizer", "schedule", "trainer", "seed", "threads", "metric")
 
 
@@ -176,6 +181,10 @@ def make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logge
     Raises:
         CommandLineError: a value in the config cannot work.
     """
+    for name, least in _LEAST.items():
+        value = cfg.trainer.get(name)
+        if isinstance(value, (int, float)) and not value >= least:  # nan is neither
+            raise CommandLineError(f"trainer.{name}={value}: expected at least {least}")
     with made_from("trainer"):
         maker = _make(cfg.trainer)
         trainer = _expect(

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -246,8 +246,8 @@ def two_steps() -> Iterator[list[L.Trainer]]:
         yield trainers
 
 
-def outcome(arguments: list[str]) -> str:
-    """How `train.py` ends; it is tried in this process, in an empty folder.
+def outcome(arguments: Sequence[str]) -> str:
+    """ "trained", "shown", or the line in which `train.py` refuses; in this process.
 
     Raises:
         AssertionError: with a traceback, in more lines than one, or something is left elsewhere.
@@ -277,7 +277,52 @@ def outcome(arguments: list[str]) -> str:
     assert line.startswith("train.py: error: ")
     assert not trainers, line
     assert not left or any("hydra" in argument for argument in arguments), line
-    return "refused"
+    return line.removeprefix("train.py: error: ")
+
+
+DIGITS = (*QUICK, *SMALL["digits"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        # What Hydra and OmegaConf had tracebacks or many lines for.
+        ("~logger=1", "Config group override deletion value must be a string"),
+        ("hydra.sweeper.params={seed:1}", "'NoneType' object has no attribute 'get'"),
+        ("hydra.job_logging.root.level=abc", "hydra: Unable to configure root logger"),
+        ("+logger.more=null", "logger.more=None: expected a _target_, and its arguments"),
+        # What was told when training had begun, or after it, or not at all.
+        ("~trainer", "trainer: it is missing, and there is no run without it"),
+        ("~data", "data: it is missing"),
+        ("task=implicit_image", "task=implicit_image of model=mlp on data=digits: the first batch"),
+        ("data=graph_atlas", "mlp needs shape and classes, but GraphAtlas has inputs, outputs"),
+        ("data.batch_size=5000", "data: batch_size=5000: expected at most 1297, the training"),
+        ("trainer.max_epochs=0", "trainer: there is nothing to train"),
+        ("metric=val/acc", "did you mean val/accuracy?"),
+        ("metric=3", "metric=3: expected one of natgrad/bound_active"),
+        ("trainer.max_steps=2", "metric=val/accuracy: the run ends before it is validated"),
+        ("callbacks=default monitor=val/los", "ModelCheckpoint monitors val/los: expected one of"),
+        (f"{CALLBACK}LearningRateMonitor}}", "`LearningRateMonitor` callback with `Trainer` that"),
+        ("trainer.accumulate_grad_batches=0", "accumulate_grad_batches=0: expected at least 1"),
+        ("optimizer.burn_in=10", "burn_in=10 with 10 steps in all"),
+        ("callbacks=natgrad callbacks.natural_gradient.lr=2", "Give them in one place"),
+        # What only what takes it can judge.
+        ("+optimizer.kl_raduis=1", "NaturalGradientOptimizer has no such argument, expected one"),
+        ("+trainer.max_epocs=1", "did you mean max_epochs?"),
+        ("+trainer.logger=true", "trainer.logger: train.py gives it, from other parts"),
+        ("optimizer=sgd optimizer.lr=null", "optimizer.lr=null: expected a value"),
+        ("optimizer=sgd optimizer._target_=experiments.tasks.networks.dense", "optimizer.lr: exp"),
+        ("+callbacks.more={a:1}", "callbacks.more: expected a Callback, not a dict"),
+        ("optimizer.structure=kroneker", "did you mean 'kronecker'?"),
+        ("data.pixels=units", "did you mean 'unit'?"),
+        ("data.batch_size=${metric}", "expected a whole number, such as 128, and not 'val/accur"),
+        ("-m optimizer.lr=1,0.5,-1", "in the run with optimizer.lr=-1, before any was begun"),
+    ],
+)  # fmt: skip
+def test_what_was_found_is_told_before_anything_is_written(arguments: str, expected: str) -> None:
+    *flags, last = arguments.replace("-m ", "-m|").split("|")
+    line = outcome([*flags, *DIGITS, *last.split()])
+    assert expected in line
 
 
 def fails(arguments: list[str]) -> AssertionError | None:

@@ -111,7 +111,7 @@ def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
         ("trainer.accelerator=abacus", "Available names are: auto"),
         ("trainer.precision=7", "Precision 7 is invalid. Allowed precision values"),
         ("data.batch_size=0", "data: batch_size=0"),
-        ("data.pixels=big", "data: pixels='big': expected 'standardized' or 'unit'"),
+        ("data.pixels=big", "data: pixels='big': expected one of 'standardized', 'unit'"),
         ("model.hidden=[0]", "model: hidden=[0]: expected positive whole numbers"),
         ("threads=0", "threads: set_num_threads expects a positive integer"),
         ("seed=-1", "seed: -1 is not in bounds"),
