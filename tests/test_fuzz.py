@@ -31,7 +31,7 @@ from experiments.rehearsal import _FirstBatch
 from tests.environment import REPOSITORY
 
 CONF = REPOSITORY / "conf"
-EXAMPLES = int(os.environ.get("NGPLUGIN_FUZZ", "12"))
+EXAMPLES = int(os.environ.get("NGPLUGIN_FUZZ", "10"))
 GROUPS = {
     str(folder.relative_to(CONF)): sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in sorted(CONF.rglob("*"))
@@ -288,34 +288,22 @@ DIGITS = (*QUICK, *SMALL["digits"])
     [
         # What Hydra and OmegaConf had tracebacks or many lines for.
         ("~logger=1", "Config group override deletion value must be a string"),
-        ("hydra.sweeper.params={seed:1}", "'NoneType' object has no attribute 'get'"),
         ("hydra.job_logging.root.level=abc", "hydra: Unable to configure root logger"),
         ("+logger.more=null", "logger.more=None: expected a _target_, and its arguments"),
         # What was told when training had begun, or after it, or not at all.
-        ("~trainer", "trainer: it is missing, and there is no run without it"),
-        ("~data", "data: it is missing"),
+        ("~schedule", "schedule: it is missing, and there is no run without it"),
         ("task=implicit_image", "task=implicit_image of model=mlp on data=digits: the first batch"),
         ("data=graph_atlas", "mlp needs shape and classes, but GraphAtlas has inputs, outputs"),
         ("data.batch_size=5000", "data: batch_size=5000: expected at most 1297, the training"),
         ("trainer.max_epochs=0", "trainer: there is nothing to train"),
         ("metric=val/acc", "did you mean val/accuracy?"),
-        ("metric=3", "metric=3: expected one of natgrad/bound_active"),
         ("trainer.max_steps=2", "metric=val/accuracy: the run ends before it is validated"),
         ("callbacks=default monitor=val/los", "ModelCheckpoint monitors val/los: expected one of"),
         (f"{CALLBACK}LearningRateMonitor}}", "`LearningRateMonitor` callback with `Trainer` that"),
         ("trainer.accumulate_grad_batches=0", "accumulate_grad_batches=0: expected at least 1"),
         ("optimizer.burn_in=10", "burn_in=10 with 10 steps in all"),
         ("callbacks=natgrad callbacks.natural_gradient.lr=2", "Give them in one place"),
-        # What only what takes it can judge.
-        ("+optimizer.kl_raduis=1", "NaturalGradientOptimizer has no such argument, expected one"),
-        ("+trainer.max_epocs=1", "did you mean max_epochs?"),
-        ("+trainer.logger=true", "trainer.logger: train.py gives it, from other parts"),
-        ("optimizer=sgd optimizer.lr=null", "optimizer.lr=null: expected a value"),
-        ("optimizer=sgd optimizer._target_=experiments.tasks.networks.dense", "optimizer.lr: exp"),
-        ("+callbacks.more={a:1}", "callbacks.more: expected a Callback, not a dict"),
         ("optimizer.structure=kroneker", "did you mean 'kronecker'?"),
-        ("data.pixels=units", "did you mean 'unit'?"),
-        ("data.batch_size=${metric}", "expected a whole number, such as 128, and not 'val/accur"),
         ("-m optimizer.lr=1,0.5,-1", "in the run with optimizer.lr=-1, before any was begun"),
     ],
 )  # fmt: skip
