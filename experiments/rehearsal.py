@@ -26,6 +26,7 @@ from omegaconf import DictConfig, open_dict, read_write
 import ngplugin
 from experiments.command_line import CommandLineError, composed, nearest, one_line
 from experiments.loggers import made_loggers
+from experiments.study import direction_of
 from experiments.training import make_trainer, misconfiguration_is_the_users, prepare
 from ngplugin.summary import Summary
 
@@ -87,7 +88,9 @@ def _config(
 def _rehearse(cfg: DictConfig) -> None:
     """Make everything that a run is made of, and let it train on its first batch."""
     here = str(cfg.hydra.launcher.get("_target_")).endswith(_HERE)
-    chosen = cfg.hydra.runtime.choices
+    chosen, sweeper = cfg.hydra.runtime.choices, cfg.hydra.sweeper
+    if str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
+        direction_of(cfg.metric, sweeper.get("direction"))
     with open_dict(cfg):
         del cfg["hydra"]
     if not here:
