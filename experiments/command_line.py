@@ -126,7 +126,8 @@ def check(arguments: Sequence[str], config_dir: Path, config_name: str) -> list[
                 raise CommandLineError(
                     f"{override.input_line}: several values are a sweep, which needs -m"
                 )
-            if override.key_or_group == "hparams_search" and not multirun:
+            searched = override.key_or_group == "hparams_search" and not override.is_delete()
+            if searched and not multirun:
                 raise CommandLineError(
                     f"{override.input_line}: a search is a sweep, which needs -m"
                 )
@@ -226,7 +227,7 @@ def _check_composed(overrides: Sequence[Override], config_name: str) -> None:
                 _check_value(override, keys, groups)
                 _check_resolved(override, keys, combination, config_name)
             elif not override.is_delete():
-                _check_added(override, {*keys, *groups}, given)
+                _check_added(override, keys, groups, given)
 
 
 def _runs(overrides: Sequence[Override], config_name: str) -> list[list[str]]:
@@ -318,9 +319,17 @@ def _check_resolved(
             )
 
 
-def _check_added(override: Override, known: Collection[str], given: str) -> None:
+def _check_added(
+    override: Override, keys: Mapping[str, Any], groups: Collection[str], given: str
+) -> None:
     """A new key that nothing reads is misspelled; what objects take is told where one is made."""
-    top = override.key_or_group.partition(".")[0]
+    parent = override.key_or_group.rpartition(".")[0]
+    if keys.get(parent) is not None and not isinstance(keys[parent], Mapping):
+        raise CommandLineError(
+            f"{override.input_line}: {parent} is one value, such as {_text(keys[parent])}, and has "
+            "no keys below it"
+        )
+    top, known = override.key_or_group.partition(".")[0], {*keys, *groups}
     if top not in known and f"${{{top}" not in given:
         choices = [name for name in known if "." not in name]
         raise CommandLineError(
@@ -358,8 +367,11 @@ def expected_instead(value: Any, default: Any, *, may_be_null: bool) -> str | No
     """What kind of value should be there; None if this one will do, or only its user can tell."""
     if value is None:
         return None if may_be_null else "a value"
-    if default is None or isinstance(value, Mapping) or (isinstance(value, str) and "${" in value):
+    if default is None or (isinstance(value, str) and "${" in value):
         return None
+    if isinstance(value, Mapping):  # an object may be made of it
+        known = isinstance(default, Mapping) or "_target_" in value
+        return None if known else "one value"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if isinstance(default, bool):
         return None if isinstance(value, bool) else "true or false"

@@ -32,6 +32,8 @@ def message(*arguments: str) -> str:
         ("++traner.max_steps=1", "nothing reads a key traner; "),
         ("++traner.max_steps=1", "did you mean trainer?"),
         ("data.batch_size=${metric}", "expected a whole number, such as 128, and not 'val/ac"),
+        ("+metric.x=1", "metric is one value, such as val/accuracy, and has no keys below it"),
+        ("metric={a:1}", "expected one value, such as val/accuracy"),
         ("seed=1 --mutlirun", "unrecognized arguments: --mutlirun; did you mean --multirun?"),
         ("seed=1 -m lr=1", "lr=1: expected beside the other KEY=VALUE, with -m and the like first"),
         ("-m --cfg job", "--multirun with --cfg: expected one of them"),
