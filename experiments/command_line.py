@@ -121,16 +121,11 @@ def check(arguments: Sequence[str], config_dir: Path, config_name: str) -> list[
     with initialize_config_dir(str(config_dir), version_base="1.3"):
         everything = [_parse(argument) for argument in options.overrides]
         overrides = [o for o in everything if not f"{o.key_or_group}.".startswith(_HYDRAS_OWN)]
-        for override in overrides:
-            if override.is_sweep_override() and not multirun:
-                raise CommandLineError(
-                    f"{override.input_line}: several values are a sweep, which needs -m"
-                )
-            searched = override.key_or_group == "hparams_search" and not override.is_delete()
-            if searched and not multirun:
-                raise CommandLineError(
-                    f"{override.input_line}: a search is a sweep, which needs -m"
-                )
+        for override in (o for o in overrides if not multirun and not o.is_delete()):
+            what = "several values are a sweep" if override.is_sweep_override() else None
+            what = "a search is a sweep" if override.key_or_group == "hparams_search" else what
+            if what:
+                raise CommandLineError(f"{override.input_line}: {what}, which needs -m")
         _check_composed(overrides, config_name)
         if any(getattr(options, name) for name in _ONLY_SHOW):
             return []
@@ -223,7 +218,7 @@ def _check_composed(overrides: Sequence[Override], config_name: str) -> None:
         config = composed(config_name, combination)
         keys = dict(_flat(config))
         for override in values:
-            if _changes(override):
+            if not (override.is_add() or override.is_force_add() or override.is_delete()):
                 _check_value(override, keys, groups)
                 _check_resolved(override, keys, combination, config_name)
             elif not override.is_delete():
@@ -258,11 +253,6 @@ def _runs(overrides: Sequence[Override], config_name: str) -> list[list[str]]:
         [*first[:i], value, *first[i + 1 :]] for i, line in enumerate(choices) for value in line[1:]
     ]
     return [first, *others]
-
-
-def _changes(override: Override) -> bool:
-    """Whether it changes a value that must be there: what +, ++ and ~ do is Hydra's to judge."""
-    return not (override.is_add() or override.is_force_add() or override.is_delete())
 
 
 def _options(override: Override) -> list[Any]:
@@ -314,9 +304,8 @@ def _check_resolved(
     if value is not None and not OmegaConf.is_config(value):
         expected = expected_instead(value, keys[key], may_be_null=True)
         if expected:
-            raise CommandLineError(
-                f"{line}: expected {expected}, such as {_text(keys[key])}, and not {value!r}"
-            )
+            such = f"{expected}, such as {_text(keys[key])}"
+            raise CommandLineError(f"{line}: expected {such}, and not {value!r}")
 
 
 def _check_added(

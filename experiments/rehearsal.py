@@ -77,6 +77,8 @@ def _config(
         instance.set_config(cfg)  # of which the name of the folder is made
         sweep = cfg.hydra.sweep
         folder = f"{sweep.dir}/{sweep.subdir}" if in_sweep else cfg.hydra.run.dir
+        if folder in ("", None):
+            raise CommandLineError("hydra.run.dir: expected a folder, for all that a run writes")
         with read_write(cfg.hydra):
             cfg.hydra.runtime.output_dir = folder
         instance.set_config(cfg)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -268,7 +269,8 @@ def outcome(arguments: Sequence[str]) -> str:
         except Exception as error:
             raise AssertionError(f"{type(error).__name__}: {error}") from error
         left = {path.name for path in Path(folder).iterdir()}
-    assert left <= {"outputs", "multirun"}
+    named = any(re.search("(dir|path|filename)=", argument) for argument in arguments)
+    assert left <= {"outputs", "multirun"} or named, left
     if status == 0:
         assert all(trainer.global_step > 0 for trainer in trainers)
         return "trained" if trainers else "shown"
@@ -291,6 +293,7 @@ DIGITS = (*QUICK, *SMALL["digits"])
         ("hydra.job_logging.root.level=abc", "hydra: Unable to configure root logger"),
         ("+logger.more=null", "logger.more=None: expected a _target_, and its arguments"),
         # What was told when training had begun, or after it, or not at all.
+        ("hydra.run.dir=", "hydra.run.dir: expected a folder, for all that a run writes"),
         ("~schedule", "schedule: it is missing, and there is no run without it"),
         ("task=implicit_image", "task=implicit_image of model=mlp on data=digits: the first batch"),
         ("data=graph_atlas", "mlp needs shape and classes, but GraphAtlas has inputs, outputs"),
