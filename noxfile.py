@@ -25,6 +25,7 @@ OTHERS = (
     "command_line",
     "commands",
     "explain",
+    "fuzz",
     "grid",
     "interrupted_sweeps",
     "median_stopping",

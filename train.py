@@ -10,14 +10,17 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
-from experiments.command_line import CommandLineError, check, errors_in_one_line
+from experiments.command_line import CommandLineError, check, errors_in_one_line, one_line
 from experiments.finished import finished_results
 from experiments.sweep import leaderboard_of_what_there_is
 
 CONF = Path(__file__).parent / "conf"
+_begun: list[Path] = []  # folders of this process's runs
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -25,6 +28,7 @@ def job(cfg: DictConfig) -> float | None:
     """One run; returns `cfg.metric` for sweepers, None if it is not finite."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    _begun.append(folder)
     with errors_in_one_line("train.py"):
         in_sweep = hydra_config.mode == RunMode.MULTIRUN
         results = finished_results(cfg, folder) if in_sweep else None
@@ -55,11 +59,27 @@ def _metric(name: str, results: Mapping[str, Any]) -> float | None:
 
 
 def main() -> None:
-    """Check the command line, then run one job, or with -m many."""
+    """Check the command line, rehearse what it asks for, then run one job, or with -m many."""
     with errors_in_one_line("train.py"):
-        check(sys.argv[1:], CONF, "train")
+        runs = check(sys.argv[1:], CONF, "train")
+        if runs:
+            from experiments.rehearsal import rehearse  # takes seconds to import
+
+            rehearse(runs, CONF, "train")
         with leaderboard_of_what_there_is(sys.argv[1:]):
-            job()
+            _start()
+
+
+def _start() -> None:
+    _begun.clear()
+    try:
+        job()
+    except (CommandLineError, HydraException, OmegaConfBaseException, OSError):
+        raise
+    except Exception as error:
+        if _begun:
+            raise
+        raise CommandLineError(f"hydra: {one_line(error)}") from error  # as it prepares
 
 
 if __name__ == "__main__":

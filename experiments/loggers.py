@@ -36,7 +36,9 @@ def made_loggers(cfg: DictConfig) -> Iterator[list[Logger]]:
     assert isinstance(nodes, dict)
     mode = os.environ.get("WANDB_MODE")
     for name, node in [*nodes.items()]:
-        if node["_target_"].endswith(".WandbLogger"):
+        if not isinstance(node, dict) or "_target_" not in node:
+            raise CommandLineError(f"logger.{name}={node}: expected a _target_, and its arguments")
+        if str(node["_target_"]).endswith(".WandbLogger"):
             if _prepare_wandb(f"logger.{name}", node):
                 node.update(_identity(node))
             else:
@@ -44,6 +46,9 @@ def made_loggers(cfg: DictConfig) -> Iterator[list[Logger]]:
     wandb = sys.modules.get("wandb")  # not imported: not used
     with made_from("logger"):
         loggers = [instantiate(node, _convert_="all") for node in nodes.values()]
+        for name, made in zip(nodes, loggers, strict=True):
+            if not isinstance(made, Logger):
+                raise TypeError(f"{name}: expected a Logger, not a {type(made).__name__}")
     failed = True
     try:
         yield loggers

@@ -27,13 +27,13 @@ class Study(Callback):
             if importlib.util.find_spec("optuna") is None:
                 raise CommandLineError(not_installed("hydra/sweeper/optuna"))
             sweeper = config.hydra.sweeper
-            sweeper.direction = _direction(config.metric, sweeper.direction)
+            sweeper.direction = direction_of(config.metric, sweeper.direction)
             _leave_out_what_is_deprecated()
             if sweeper.storage is not None:
                 _go_on(config)
 
 
-def _direction(metric: str, asked: Any) -> str:
+def direction_of(metric: str, asked: Any) -> str:
     """Of the search.
 
     Raises:

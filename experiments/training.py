@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -19,6 +19,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 import ngplugin
 from experiments.command_line import CommandLineError, made_from
@@ -29,6 +31,14 @@ from experiments.summary import write_results
 from experiments.targets import check_targets
 from experiments.tasks.splits import SplitData
 from experiments.tasks.task import Task
+
+Made = TypeVar("Made")
+#: What Lightning takes without a look, and how much it has to be.
+_LEAST = {
+    "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0,
+    "log_every_n_steps": 0, "num_sanity_val_steps": -1,
+}  # fmt: skip
+_NEEDED = ("data", "model", "task", "optimizer", "schedule", "trainer", "seed", "threads", "metric")
 
 
 def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
@@ -44,19 +54,11 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     Raises:
         CommandLineError: a value in the config cannot work.
     """
-    check_targets(cfg)
-    _leave_terminal_to_progress_bar()
-    folder.mkdir(parents=True, exist_ok=True)
+    data, module, callbacks = prepare(cfg)
+    folder.mkdir(parents=True, exist_ok=True)  # not before all of it could be made
     OmegaConf.save(cfg, folder / CONFIG, resolve=True)
-    with made_from("threads"):
-        torch.set_num_threads(cfg.threads)
-    with made_from("seed"):
-        L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data, module = make_task(cfg)
-    with made_from("callbacks"):
-        callbacks = [_make(node) for node in (cfg.get("callbacks") or {}).values() if node]
-    with made_loggers(cfg) as loggers, _misconfiguration_is_the_users():
-        trainer = _make_trainer(cfg, callbacks, loggers)
+    with made_loggers(cfg) as loggers, misconfiguration_is_the_users():
+        trainer = make_trainer(cfg, callbacks, loggers)
         results = _fit_and_test(trainer, module, data)
     results |= {f"data/{name}": value for name, value in data.facts.items()}
     for callback in callbacks:
@@ -68,6 +70,22 @@ def train(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     return results
 
 
+def prepare(cfg: DictConfig) -> tuple[SplitData, Task, list[Callback]]:
+    """Make what a config describes, in memory.
+
+    Raises:
+        CommandLineError: a value in the config cannot work.
+    """
+    check_complete(cfg)
+    check_targets(cfg)
+    _leave_terminal_to_progress_bar()
+    with made_from("threads"):
+        torch.set_num_threads(cfg.threads)
+    with made_from("seed"):
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+    return *make_task(cfg), make_callbacks(cfg)
+
+
 def make_task(cfg: DictConfig) -> tuple[SplitData, Task]:
     """Make the data and the module that learns from them, as a config describes them.
 
@@ -75,19 +93,58 @@ def make_task(cfg: DictConfig) -> tuple[SplitData, Task]:
         CommandLineError: a value in the config cannot work.
     """
     with made_from("data"):
-        data = _make(cfg.data)
+        data = _expect(SplitData, _make(cfg.data))
         data.setup()
     with made_from("model"):
-        network = _make_network(cfg.model, data.dimensions)
+        network = _expect(nn.Module, _make_network(cfg.model, data.dimensions, type(data).__name__))
     with made_from("optimizer"):
         optimizer = _make(cfg.optimizer)
     with made_from("schedule"):
         scheduler = _make(cfg.schedule)
     with made_from("task"):
-        module = _make(cfg.task)(network=network, optimizer=optimizer, scheduler=scheduler)
+        maker = _make(cfg.task)
+        module = _expect(Task, maker(network=network, optimizer=optimizer, scheduler=scheduler))
+    # Bad options are told now, not in the middle of fit.
     with made_from("optimizer"):
-        optimizer(module.parameters())  # a bad option is told now, not in the middle of fit
+        tried = _expect(Optimizer, optimizer(module.parameters()))
+    with made_from("schedule"):
+        _expect(LRScheduler, scheduler(tried, 1.0))
     return data, module
+
+
+def make_callbacks(cfg: DictConfig) -> list[Callback]:
+    """Make the callbacks that a config describes.
+
+    Raises:
+        CommandLineError: a value in the config cannot work.
+    """
+    made = []
+    for name, node in (cfg.get("callbacks") or {}).items():
+        with made_from(f"callbacks.{name}"):
+            if node:
+                made.append(_expect(Callback, _make(node)))
+    return made
+
+
+def check_complete(cfg: DictConfig) -> None:
+    """Refuse a config that lacks a part which every run needs.
+
+    Raises:
+        CommandLineError: with its name.
+    """
+    for name in _NEEDED:
+        node = cfg.get(name)
+        if node is None or (OmegaConf.is_dict(node) and "_target_" not in node):
+            raise CommandLineError(
+                f"{name}: it is missing, and there is no run without it; leave it as it is in "
+                f"conf/train.yaml, or give another, {name}=..."
+            )
+
+
+def _expect(kind: type[Made], made: Any) -> Made:
+    if not isinstance(made, kind):
+        raise TypeError(f"expected a {kind.__name__}, not a {type(made).__name__}")
+    return made
 
 
 def _make(node: DictConfig, **more: Any) -> Any:
@@ -95,7 +152,9 @@ def _make(node: DictConfig, **more: Any) -> Any:
     return instantiate(node, _convert_="all", **more)
 
 
-def _make_network(node: DictConfig, dimensions: Mapping[str, Any]) -> nn.Module:
+def _make_network(
+    node: DictConfig, dimensions: Mapping[str, Any], of: str = "these data"
+) -> nn.Module:
     """A network is told those of the data's dimensions that it has arguments for.
 
     Raises:
@@ -110,25 +169,38 @@ def _make_network(node: DictConfig, dimensions: Mapping[str, Any]) -> nn.Module:
     ]
     if missing:
         raise ValueError(
-            f"{node._target_} needs {' and '.join(missing)}, but these data have "
+            f"{node._target_} needs {' and '.join(missing)}, but {of} has "
             f"{', '.join(dimensions)}; choose another model= or data=, or an experiment="
         )
     return factory(**{k: v for k, v in dimensions.items() if k in arguments})  # type: ignore[no-any-return]
 
 
-def _make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
+def make_trainer(cfg: DictConfig, callbacks: list[Callback], loggers: list[Logger]) -> L.Trainer:
+    """Make the trainer that a config describes, and tell its loggers of the config.
+
+    Raises:
+        CommandLineError: a value in the config cannot work.
+    """
+    for name, least in _LEAST.items():
+        value = cfg.trainer.get(name)
+        if isinstance(value, (int, float)) and not value >= least:  # nan is neither
+            raise CommandLineError(f"trainer.{name}={value}: expected at least {least}")
     with made_from("trainer"):
-        trainer = _make(cfg.trainer)(
-            callbacks=callbacks,
-            logger=loggers or False,
-            # What no callback does is not wanted.
-            enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
-            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+        maker = _make(cfg.trainer)
+        trainer = _expect(
+            L.Trainer,
+            maker(
+                callbacks=callbacks,
+                logger=loggers or False,
+                # What no callback does is not wanted.
+                enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks),
+                enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+            ),
         )
     config = {**OmegaConf.to_container(cfg, resolve=True), "run": origin()}  # type: ignore[dict-item]
     for logger in loggers:
         logger.log_hyperparams(config)
-    return trainer  # type: ignore[no-any-return]
+    return trainer
 
 
 def _fit_and_test(trainer: L.Trainer, module: Task, data: L.LightningDataModule) -> dict[str, Any]:
@@ -144,7 +216,12 @@ def _fit_and_test(trainer: L.Trainer, module: Task, data: L.LightningDataModule)
 
 
 @contextlib.contextmanager
-def _misconfiguration_is_the_users() -> Iterator[None]:
+def misconfiguration_is_the_users() -> Iterator[None]:
+    """Tell in one line what Lightning or natural gradient refuses.
+
+    Raises:
+        CommandLineError: it refused.
+    """
     try:
         yield
     except (MisconfigurationException, ngplugin.NgpluginError) as error:

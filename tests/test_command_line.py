@@ -23,7 +23,22 @@ def message(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("optimizer=adamm", "optimizer=adamm: expected one of adam, adamw, muon, natgrad, sgd"),
+        ("optimizer=adamm", "expected one of adam, adamw, muon, natgrad, sgd; did you mean adam?"),
+        ("callbacks=[default,natgard]", "did you mean natgrad?"),
+        ("optimzer=sgd", "did you mean optimizer?"),
+        ("optimizer.kl_raduis=1", "did you mean optimizer.kl_radius?"),
+        ("trainer.max_epocs=1", "did you mean trainer.max_epochs?"),
+        ("+new.key=1", "nothing reads a key new; expected below one of callbacks, data"),
+        ("++traner.max_steps=1", "nothing reads a key traner; "),
+        ("++traner.max_steps=1", "did you mean trainer?"),
+        ("data.batch_size=${metric}", "expected a whole number, such as 128, and not 'val/ac"),
+        ("+metric.x=1", "metric is one value, such as val/accuracy, and has no keys below it"),
+        ("metric={a:1}", "expected one value, such as val/accuracy"),
+        ("seed=1 --mutlirun", "unrecognized arguments: --mutlirun; did you mean --multirun?"),
+        ("seed=1 -m lr=1", "lr=1: expected beside the other KEY=VALUE, with -m and the like first"),
+        ("-m --cfg job", "--multirun with --cfg: expected one of them"),
+        ("--resolve", "--resolve: expected beside --cfg"),
+        ("--experimental-rerun=nope", "--experimental-rerun=nope: expected a pickle"),
         (
             "data=cifar",
             "data=cifar: expected one of characters, diamonds, digits, f",
@@ -87,6 +102,8 @@ def test_refused(arguments: str, expected: str) -> None:
         "data.batch_size=${seed}",
         "-m optimizer=adamw,natgrad seed=range(3) optimizer.lr=0.1,1",
         "-m optimizer.lr=interval(0.1,1)",
+        "-m optimizer=glob(ad*)",
+        "+rate=0.1 optimizer.lr=${rate}",
         "hydra.run.dir=somewhere hydra/launcher=basic",
         "-m hparams_search=natgrad_optuna hydra.sweeper.n_trials=3 hydra/launcher=joblib",
         "--config-name other anything=goes",
@@ -94,6 +111,36 @@ def test_refused(arguments: str, expected: str) -> None:
 )
 def test_accepted(arguments: str) -> None:
     check(arguments.split(), REPOSITORY / "conf", "train")
+
+
+def runs(arguments: str) -> list[list[str]]:
+    return check(arguments.split(), REPOSITORY / "conf", "train")
+
+
+def test_the_runs_of_a_sweep_are_known_before_it_begins() -> None:
+    assert runs("seed=1 optimizer=sgd") == [["seed=1", "optimizer=sgd"]]
+    swept = runs("-m optimizer=sgd,adam seed=range(2) report=false")
+    assert swept == [
+        [f"optimizer={name}", f"seed={seed}", "report=false"]
+        for name in ("sgd", "adam") for seed in (0, 1)
+    ]  # fmt: skip
+    grid = runs("-m hparams_search=natgrad_grid optimizer.kl_radius=0.3")
+    assert [run[0] for run in grid] == ["optimizer.kl_radius=0.3"] * 3
+    assert [run[1] for run in grid] == [f"optimizer.damping={x}" for x in (0.03, 0.1, 0.3)]
+    assert runs("-m optimizer.lr=interval(0.1,1) seed=1,2") == [["seed=1"], ["seed=2"]]
+
+
+def test_of_many_runs_each_value_is_in_one() -> None:
+    many = runs("-m seed=range(20) optimizer.lr=1,2,3")
+    assert len(many) == 22
+    assert {word for run in many for word in run} == {
+        *(f"seed={i}" for i in range(20)), *(f"optimizer.lr={i}" for i in (1, 2, 3)),
+    }  # fmt: skip
+
+
+def test_where_nothing_is_run_nothing_is_rehearsed() -> None:
+    for arguments in ("--cfg job", "--help", "--info config", "--config-name other"):
+        assert runs(arguments) == []
 
 
 def test_the_program_ends_with_that_line_alone_and_status_2(tmp_path: Path) -> None:
@@ -105,7 +152,8 @@ def test_the_program_ends_with_that_line_alone_and_status_2(tmp_path: Path) -> N
     for line in done.stderr.splitlines():
         (imported if line.startswith("import time:") else said).append(line)
     choices = "adam, adamw, muon, natgrad, sgd"
-    assert said == [f"train.py: error: optimizer=adamm: expected one of {choices}"]
+    meant = "; did you mean adam?"
+    assert said == [f"train.py: error: optimizer=adamm: expected one of {choices}{meant}"]
     assert done.returncode == 2
     # It takes seconds to import, which a misspelled word should not.
     assert not [line for line in imported if line.endswith((" torch", " lightning", " wandb"))]

@@ -6,11 +6,21 @@ import pytest
 import torch
 from torch import nn
 
-from ngplugin import NaturalGradientOptimizer, NgpluginError, OptionError
+from ngplugin import (
+    KlMatching,
+    LevenbergMarquardt,
+    NaturalGradient,
+    NaturalGradientOptimizer,
+    NgpluginError,
+    OptionError,
+)
 from ngplugin.options import Options
+
+X = torch.ones(1)
 
 NOT_NUMBERS = ["0.5", True, math.nan, math.inf]
 BAD = {
+    "nesterov": ["false", 0, 1, None],
     "momentum": [-0.1, 1.0, None, *NOT_NUMBERS],
     "kl_radius": [0.0, -1.0, *NOT_NUMBERS],
     "damping": [-0.1, None, "0.5", True, math.nan, math.inf],
@@ -42,6 +52,7 @@ ALLOWED = {
     "structure": ["auto", "exact", "kronecker", "eigen", "diagonal", "identity", "matrix-free"],
     "weight_sharing": ["expand", "reduce"],
     "step_size": ["bounded", "line-search", "quadratic"],
+    "nesterov": ["True", "False"],
     "layer_balance": ["balanced", "natural", "orthogonal", "equal"],
     "products": ["auto", "full"],
 }
@@ -64,8 +75,7 @@ def test_a_bad_option_is_refused_by_name_and_value(name, value):
 
 
 def test_every_option_has_bad_values_that_are_tried():
-    fields = set(Options.__dataclass_fields__) - {"nesterov"}
-    assert fields == set(BAD)
+    assert set(Options.__dataclass_fields__) == set(BAD)
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
@@ -86,11 +96,58 @@ def test_a_near_miss_is_answered_with_the_nearest_choice():
         ({"step_size": "line-search", "measure_every": None}, "a line search measures every step"),
         ({"step_size": "quadratic", "structure": "matrix-free"}, "the same quadratic model"),
         ({"step_size": "quadratic", "structure": "identity"}, "use structure='auto'"),
+        ({"fisher": "empirical", "structure": "exact"}, "never sees the data's labels"),
+        (
+            {"damping": KlMatching(), "measure_every": None},
+            r"damping=KlMatching\(\) with measure_every=None: .*leave measure_every at a number",
+        ),
+        (
+            {"step_size": "line-search", "structure": "exact"},
+            "structure='exact' and damping='auto', .*give damping a number",
+        ),
+        (
+            {"step_size": "line-search", "structure": "exact", "damping": LevenbergMarquardt()},
+            "no search is made",
+        ),
+        ({"damping_mode": "absolute"}, "damping='auto' with damping_mode='absolute'.*in nats"),
+        (
+            {"damping_mode": "absolute", "damping": 0.1, "sampling_damping": 2.0},
+            "sampling_damping=2.0 with damping_mode='absolute'",
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(options, message):
     with pytest.raises(OptionError, match=message):
         Options(**options)
+
+
+def test_what_does_not_contradict_is_allowed():
+    Options(damping_mode="absolute", structure="exact")  # which adapts it
+    Options(damping_mode="absolute", damping=0.1, sampling_damping=0)
+    Options(step_size="line-search", structure="exact", damping=0.1)
+    Options(damping=KlMatching(), kl_radius=None)
+
+
+@pytest.mark.parametrize(
+    "make", [NaturalGradient, lambda **o: NaturalGradientOptimizer([nn.Parameter(X)], **o)]
+)
+def test_a_wrong_keyword_is_answered_with_the_nearest(make):
+    with pytest.raises(TypeError, match="keyword argument 'kl_raduis'; did you mean 'kl_radius'"):
+        make(kl_raduis=0.1)
+    with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'$"):
+        make(zzz=0.1)
+
+
+@pytest.mark.parametrize("name", ["enabled", "show_coverage", "show_summary", "show_progress"])
+def test_the_callback_s_switches_are_true_or_false(name):
+    with pytest.raises(OptionError, match=f"{name}='false': expected True or False"):
+        NaturalGradient(**{name: "false"})
+
+
+@pytest.mark.parametrize("places", [[], 0, [0.0], ["0"], [True], "0"])
+def test_places_of_optimizers_are_a_list_of_numbers(places):
+    with pytest.raises(OptionError, match=r"optimizers=.*for none of them, enabled=False"):
+        NaturalGradient(optimizers=places)
 
 
 def test_boundaries_are_allowed():

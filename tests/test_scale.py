@@ -135,8 +135,9 @@ def test_a_loss_scale_changes_no_step_with_real_random_scores_and_any_damping(
     def run(scale):
         model = double(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
         optimizer = NaturalGradientOptimizer(
-            model.parameters(), structure=structure, damping_mode=mode, fisher="sampled", draws=2
-        )
+            model.parameters(), structure=structure, damping=0.1, damping_mode=mode,
+            fisher="sampled", draws=2,
+        )  # fmt: skip
         y = torch.arange(8) % 2
         target = y if family == "categorical" else torch.stack([y, 1 - y], 1).double()
         for _ in range(4):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from experiments import command_line
 from experiments.command_line import CommandLineError, check
-from experiments.study import _direction
+from experiments.study import direction_of
 from tests.environment import REPOSITORY
 from tests.small_sweeps import SEARCH, TINY, Compose, Program, composed, results
 from train import _metric
@@ -95,7 +95,7 @@ def test_a_study_in_a_storage_counts_the_runs_it_has(program: Program, tmp_path:
     ],
 )
 def test_the_direction_is_that_of_the_metric(metric: str, asked: Any, direction: str) -> None:
-    assert _direction(metric, asked) == direction
+    assert direction_of(metric, asked) == direction
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_direction_is_that_of_the_metric(metric: str, asked: Any, direction:
 )
 def test_a_wrong_direction_is_refused(metric: str, asked: Any, expected: str) -> None:
     with pytest.raises(CommandLineError, match=re.escape(expected)):
-        _direction(metric, asked)
+        direction_of(metric, asked)
 
 
 @pytest.mark.parametrize("tracebacks", [False, True])
@@ -118,13 +118,21 @@ def test_the_sweepers_own_default_is_no_way_around_it(
 ) -> None:
     """It minimizes; and what a callback of Hydra raises is but a warning."""
     monkeypatch.setattr(command_line, "_TRACEBACKS", tracebacks)
-    printed = program("hydra/sweeper=optuna", "optimizer.lr=interval(0.1,1)", *TINY, status=2)
-    expected = "train.py: error: hydra.sweeper.direction=minimize: of metric=val/accuracy one wants"
-    assert expected in printed
-    assert "To go on" not in printed  # nothing was begun, and the folder is free for another
-    arguments = ("optimizer.lr=0.5", "optimizer=sgd", *TINY)
-    (folder,) = tmp_path.glob("multirun/*/*")
-    program(*arguments, f"hydra.sweep.dir={folder}")
+    arguments = ("hydra/sweeper=optuna", "optimizer.lr=interval(0.1,1)", *TINY)
+    expected = "hydra.sweeper.direction=minimize: of metric=val/accuracy one wants"
+    if tracebacks:
+        with pytest.raises(CommandLineError, match=expected):
+            program(*arguments)
+    else:
+        assert f"train.py: error: {expected}" in program(*arguments, status=2)
+    assert not [*tmp_path.iterdir()]  # nothing was begun
+    with monkeypatch.context() as patch:  # as an agent's own process would come to it
+        patch.setattr("experiments.rehearsal.rehearse", lambda *_: None)
+        printed = program(*arguments, status=2)
+    assert f"train.py: error: {expected}" in printed
+    assert "To go on" not in printed
+    (folder,) = tmp_path.glob("multirun/*/*")  # is free for another
+    program("optimizer.lr=0.5", "optimizer=sgd", *TINY, f"hydra.sweep.dir={folder}")
     assert set(results(folder)) == {"0-sgd-seed0"}
 
 
@@ -132,7 +140,7 @@ def test_every_experiment_can_be_searched(compose_config: Compose) -> None:
     for path in (REPOSITORY / "conf" / "experiment").glob("*.yaml"):
         metric = compose_config(f"experiment={path.stem}").metric
         better = "maximize" if metric in ("val/accuracy", "val/psnr") else "minimize"
-        assert _direction(metric, None) == better, path.stem
+        assert direction_of(metric, None) == better, path.stem
 
 
 @pytest.mark.parametrize("name", ["natgrad_optuna", "natgrad_grid"])

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from experiments.command_line import CommandLineError
 from experiments.targets import check_targets
-from experiments.training import train
+from experiments.training import prepare, train
 from tests.environment import REPOSITORY
 
 Compose = Callable[..., DictConfig]
@@ -67,3 +67,44 @@ def test_damping_objects_of_ngplugin_and_layers_of_torch_are_allowed(
     cfg.optimizer.damping = schedule
     OmegaConf.update(cfg, "model", {"_target_": "torch.nn.Linear"}, merge=False)
     check_targets(cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "+optimizer.kl_raduis=1",
+            "optimizer.kl_raduis: .* expected one of lr, .*; did you mean k",
+        ),
+        ("+trainer.max_epocs=1", "trainer.max_epocs: .*; did you mean max_epochs"),
+        ("+data.batchsize=1", "data.batchsize: .*; did you mean batch_size"),
+        ("+trainer.logger=true", "trainer.logger: train.py gives it"),
+        ("+model.classes=3", "model.classes: train.py gives it"),
+        ("optimizer.lr=null", "optimizer.lr=null: expected a value"),
+        ("+optimizer.damping={_target_:ngplugin.KlMatching,begin:1}", r"optimizer\.damping\.begin"),
+    ],
+)
+def test_arguments_that_a_class_does_not_have_are_refused(
+    override: str, expected: str, compose_config: Compose
+) -> None:
+    with pytest.raises(CommandLineError, match=expected):
+        check_targets(compose_config("data=digits", "model=mlp", override))
+
+
+@pytest.mark.parametrize("override", ["optimizer.kl_radius=null", "trainer.max_epochs=null"])
+def test_what_may_be_none_may_be_null(override: str, compose_config: Compose) -> None:
+    check_targets(compose_config(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("+callbacks.more={_target_:torch.nn.ReLU}", "callbacks.more: expected a Callback"),
+        ("model._target_=experiments.tasks.splits.Examples", "model"),
+        ("schedule._target_=experiments.tasks.networks.dense", "schedule"),
+        ("data.pixels=units", "did you mean 'unit'"),
+    ],
+)
+def test_what_is_made_is_of_its_kind(override: str, expected: str, compose_config: Compose) -> None:
+    with pytest.raises(CommandLineError, match=expected):
+        prepare(compose_config("data=digits", "model=mlp", "optimizer=sgd", override))

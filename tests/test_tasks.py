@@ -150,7 +150,7 @@ def test_the_cnn_is_small(shape: tuple[int, int, int]) -> None:
 def test_networks_refuse_layers_that_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"hidden=\[0\]"):
         mlp((1, 8, 8), 10, [0])
-    with pytest.raises(ValueError, match=r"activation='sigmoid': expected one of relu, tanh"):
+    with pytest.raises(ValueError, match=r"activation='sigmoid': expected one of 'relu', 'tanh'"):
         dense(2, 1, [4], "sigmoid")
     with pytest.raises(ValueError, match="can be halved 3 times"):
         cnn((1, 8, 8), 10, [4, 4, 4, 4])

@@ -111,7 +111,7 @@ def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
         ("trainer.accelerator=abacus", "Available names are: auto"),
         ("trainer.precision=7", "Precision 7 is invalid. Allowed precision values"),
         ("data.batch_size=0", "data: batch_size=0"),
-        ("data.pixels=big", "data: pixels='big': expected 'standardized' or 'unit'"),
+        ("data.pixels=big", "data: pixels='big': expected one of 'standardized', 'unit'"),
         ("model.hidden=[0]", "model: hidden=[0]: expected positive whole numbers"),
         ("threads=0", "threads: set_num_threads expects a positive integer"),
         ("seed=-1", "seed: -1 is not in bounds"),
@@ -126,9 +126,9 @@ def test_values_that_only_their_user_can_judge(
 ) -> None:
     with pytest.raises(Exception) as caught:  # noqa: PT011
         train(compose_config(*SMALL, "logger=csv", "optimizer=natgrad", override), tmp_path)
-    from experiments.command_line import _one_line
+    from experiments.command_line import one_line
 
-    assert expected in _one_line(caught.value).replace("Missing", "missing")
+    assert expected in one_line(caught.value).replace("Missing", "missing")
 
 
 def test_a_bad_value_ends_the_program_with_one_line(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_network_that_does_not_fit_the_data_is_told_so(
     compose_config: Compose, tmp_path: Path
 ) -> None:
     cfg = compose_config("data=digits", "model=dense", "logger=none")
-    message = "model: experiments.tasks.networks.dense needs inputs and outputs, but these data"
+    message = "model: experiments.tasks.networks.dense needs inputs and outputs, but Digits has"
     with pytest.raises(CommandLineError, match=message):
         train(cfg, tmp_path)
 

@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from experiments.command_line import check
-from experiments.study import _direction
+from experiments.study import direction_of
 from tests.environment import REPOSITORY
 from tests.small_sweeps import TINY, Compose, Program, composed
 
@@ -98,5 +98,5 @@ def test_an_agent_of_wandb_starts_what_train_py_understands() -> None:
         assert cfg.logger.wandb.offline is False
         assert cfg.metric == sweep.metric.name
         assert cfg.logger.wandb.project == sweep.project
-        assert _direction(cfg.metric, sweep.metric.goal) == sweep.metric.goal
+        assert direction_of(cfg.metric, sweep.metric.goal) == sweep.metric.goal
         assert cfg.optimizer.layer_balance == values["optimizer.layer_balance"]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from experiments.tasks.splits import Examples, SplitData
+from ngplugin.options import check_choice
 
 
 class ImageData(SplitData):
@@ -52,8 +53,7 @@ class ImageData(SplitData):
                 f"val_size={val_size}, test_size={test_size}: expected positive numbers of images "
                 "(0 only for a test set that comes with the data)"
             )
-        if pixels not in ("standardized", "unit"):
-            raise ValueError(f"pixels={pixels!r}: expected 'standardized' or 'unit'")
+        check_choice("pixels", pixels, ("standardized", "unit"))
         self.val_size = val_size
         self.test_size = test_size
         self.split_seed = split_seed

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.tasks.networks import dense
+from experiments.tasks.networks import ACTIVATIONS, dense
 from experiments.tasks.photograph import Photograph
 from experiments.tasks.splits import Batch
 from experiments.tasks.task import Task
+from ngplugin.options import check_choice
 
 
 class FourierFeatures(nn.Module):
@@ -85,6 +86,7 @@ def coordinate_network(
         )
     if activation == "sine":
         return _siren([inputs, features, *hidden, outputs], frequency)
+    check_choice("activation", activation, [*ACTIVATIONS, "sine"])
     layers = dense(features, outputs, hidden, activation)
     return nn.Sequential(FourierFeatures(inputs, features // 2, scale), *layers)
 

@@ -7,6 +7,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from ngplugin.options import check_choice
+
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU}
 
 
@@ -25,8 +27,7 @@ def dense(
         ValueError: a layer without units, or an activation that does not exist.
     """
     _check_sizes("hidden", hidden)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+    check_choice("activation", activation, list(ACTIVATIONS))
     sizes = [inputs, *hidden]
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):

@@ -82,9 +82,19 @@ class SplitData(L.LightningDataModule, ABC):
         return {}
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the data sets, once."""
+        """Make the data sets, once.
+
+        Raises:
+            ValueError: there are fewer training examples than in a batch.
+        """
         if not self.splits:
             self.splits = self.make_splits()
+        count = len(self.splits["train"])  # type: ignore[arg-type]
+        if self.steps is None and count < self.batch_size:
+            raise ValueError(
+                f"batch_size={self.batch_size}: expected at most {count}, the training examples; "
+                "a smaller last batch is left out, so there would be none"
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in a new random order every epoch."""

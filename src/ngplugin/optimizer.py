@@ -23,7 +23,15 @@ from ngplugin.damping import Damping
 from ngplugin.errors import DamagedStateError, OptionError
 from ngplugin.layer_balance import LayerBalance
 from ngplugin.natural_step import NaturalGradientStep
-from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_choice, check_number
+from ngplugin.options import (
+    NoiseVariance,
+    Options,
+    StepSize,
+    Structure,
+    check_choice,
+    check_number,
+    names_nearest,
+)
 from ngplugin.report import Coverage, StepReport
 from ngplugin.saved_places import Places
 from ngplugin.step_group import StepGroup
@@ -149,6 +157,7 @@ class NaturalGradientOptimizer(Optimizer):
     Defaults: chosen here, by the runs in `experiments/`.
     """
 
+    @names_nearest
     def __init__(
         self,
         params: Iterable[Any],

@@ -39,6 +39,8 @@ def check(state: dict[str, Any]) -> None:
             raise ValueError(f"{place} has nan or inf")
     for name in ("momentum", "solver"):
         _check_shapes(name, state[name], state["shapes"])
+    if "unmeasured" in state:
+        _check_shapes("unmeasured", state["unmeasured"]["before"], state["shapes"])
     for i, block in enumerate(state["fisher"]):
         if not {*block["parameters"]} <= {*range(len(state["shapes"]))}:
             raise ValueError(f"block {i} is of parameters {block['parameters']}")

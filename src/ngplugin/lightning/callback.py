@@ -19,7 +19,16 @@ from ngplugin.lightning import terminal, trainer_settings
 from ngplugin.lightning.namespace import Callback
 from ngplugin.lightning.running_statistics import RunningStatistics
 from ngplugin.optimizer import NaturalGradientOptimizer, WrappedNaturalGradient
-from ngplugin.options import NoiseVariance, Options, StepSize, Structure, check_number
+from ngplugin.options import (
+    NoiseVariance,
+    Options,
+    StepSize,
+    Structure,
+    check_flag,
+    check_number,
+    check_places,
+    names_nearest,
+)
 from ngplugin.report import Coverage, StepReport
 from ngplugin.tracking.fit_log import FitLog
 from ngplugin.tracking.metrics import prefix
@@ -110,6 +119,7 @@ class NaturalGradient(Callback):
         UnsupportedTrainerError: when the fit starts, a trainer setting that cannot be followed.
     """
 
+    @names_nearest
     def __init__(
         self,
         lr: float = 1.0,
@@ -147,6 +157,10 @@ class NaturalGradient(Callback):
     ) -> None:
         super().__init__()
         check_number("lr", lr, low=0, open_low=True)
+        flags = {"show_coverage": show_coverage, "show_summary": show_summary}
+        for name, value in {"enabled": enabled, **flags, "show_progress": show_progress}.items():
+            check_flag(name, value)
+        check_places("optimizers", optimizers)
         self.enabled = enabled
         self.show_coverage = show_coverage
         self.show_summary = show_summary
