@@ -26,7 +26,7 @@ from ngplugin import (
 from tests.oracle import flat
 
 FEATURES, OUTPUTS, MOST = 12, 4, 24  # numbers of an example, of a prediction, and of examples
-EXAMPLES = int(os.environ.get("NGPLUGIN_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("NGPLUGIN_EXAMPLES", "30"))
 
 
 class Recurrent(nn.Module):
@@ -223,7 +223,7 @@ class Run:
 
 
 @settings(
-    max_examples=EXAMPLES, derandomize=EXAMPLES <= 60, deadline=None,
+    max_examples=EXAMPLES, derandomize=EXAMPLES <= 30, deadline=None,
     suppress_health_check=[*HealthCheck], print_blob=True,
 )  # fmt: skip
 @found("recurrent", "poisson", {"structure": "matrix-free"}, HUGE, BAD, BAD)  # order of sums
