@@ -26,7 +26,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
         "with natural gradient and a rate that falls to zero. In the faulty run there is a fault "
         f"in {share:.1%} of the steps, of a kind drawn at random, and its process is ended "
         f"{sum(faulty['ended'].values())} times at random moments, to go on from the last "
-        "checkpoint, one in two epochs. `make soak` runs it again; this page is written by it."
+        "checkpoint, one an epoch. `make soak` runs it again; this page is written by it."
     )
     yield ""
     yield f"| | {' | '.join(results)} |"

@@ -29,8 +29,8 @@ from ngplugin import NaturalGradient
 
 OVERRIDES = ("data=mnist5k", "model=cnn", "data.batch_size=32", "schedule=cosine")
 WATCHED_EVERY = 500  # steps between looks at memory
-EPOCHS_BETWEEN = 2  # checkpoints
-PATIENCE = 600.0  # seconds without a step, after which a process counts as hanging
+EPOCHS_BETWEEN = 1  # checkpoints
+PATIENCE = 120.0  # seconds without a step, after which a process counts as hanging
 ENDINGS = ("kill -9", "SIGTERM", "Ctrl-C", "an exception in training_step")
 _SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 
@@ -115,6 +115,7 @@ def fit(
     """Go on from the last checkpoint, if any, to the end; writes what came of it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     faults = Faults(os.getpid(), rate)
     data, task = make(OVERRIDES, seed)
@@ -189,7 +190,8 @@ def run(
         if faulty and ended.total() < endings:
             last = _next_end(folder, chance, steps / endings)
         _wait(process, reached, last)
-        if process.is_alive():
+        ours = process.is_alive()
+        if ours:
             kind = next(kinds)
             ended[kind] += 1
             time.sleep(chance.uniform(0, 0.1))
@@ -199,8 +201,9 @@ def run(
                 stumble.value = 1
         process.join(PATIENCE)
         if process.is_alive():
+            process.kill()
             raise TimeoutError(f"a process in {folder} does not end")
-        if process.exitcode and not ended:
+        if process.exitcode and not ours:
             raise RuntimeError(f"a process failed by itself: see {folder / 'said.txt'}")
     watched = [json.loads(path.read_text()) for path in sorted(folder.glob("watched-*.json"))]
     counts = sum((Counter(each["counts"]) for each in watched), Counter())
