@@ -57,7 +57,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "## Memory"
     yield ""
-    yield "Of the clean run, one process from the first step to the last:"
+    yield "Of the longest process of the clean run:"
     yield ""
     yield "| step | tensors alive | MiB resident |"
     yield "|--:|--:|--:|"

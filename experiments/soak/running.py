@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -186,7 +187,7 @@ def run(
         told = (folder, seed, steps, rate, batches, reached, stumble)
         process = processes.Process(target=fit, args=told)
         process.start()
-        last = steps
+        last = math.inf
         if faulty and ended.total() < endings:
             last = _next_end(folder, chance, steps / endings)
         _wait(process, reached, last)
@@ -214,7 +215,7 @@ def run(
         "processes": len(watched),
         "ended": dict(ended),
         "faults": dict(sorted(counts.items())),
-        "memory": [] if faulty else watched[0]["memory"],
+        "memory": [] if faulty else max((each["memory"] for each in watched), key=len),
     }
 
 
@@ -225,7 +226,7 @@ def _next_end(folder: Path, chance: random.Random, apart: float) -> int:
     return int(start + chance.uniform(0.3, 1.7) * apart)
 
 
-def _wait(process: Any, reached: Any, step: int) -> None:
+def _wait(process: Any, reached: Any, step: float) -> None:
     """Until it has come so far, or to its end."""
     seen, patience = -1, time.monotonic() + PATIENCE
     while process.is_alive() and (reached.value < step):
