@@ -65,7 +65,8 @@ def main() -> None:
         if runs:
             from experiments.rehearsal import rehearse  # takes seconds to import
 
-            rehearse(runs, CONF, "train")
+            in_sweep = bool({"-m", "--multirun"} & set(sys.argv))
+            rehearse(runs, CONF, "train", in_sweep)
         with leaderboard_of_what_there_is(sys.argv[1:]):
             _start()
 

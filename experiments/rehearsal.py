@@ -36,13 +36,16 @@ _HERE = ("BasicLauncher", "JoblibLauncher", "LocalLauncher")
 _LEFT_OUT = (BatchSizeFinder, LearningRateFinder, ProgressBar)
 
 
-def rehearse(runs: Sequence[Sequence[str]], config_dir: Path, config_name: str) -> None:
+def rehearse(
+    runs: Sequence[Sequence[str]], config_dir: Path, config_name: str, in_sweep: bool
+) -> None:
     """Try each run.
 
     Args:
         runs: the overrides of each.
         config_dir: of the configs.
         config_name: of the primary one.
+        in_sweep: whether they are of one, with -m.
 
     Raises:
         CommandLineError: one of them cannot work.
@@ -51,8 +54,8 @@ def rehearse(runs: Sequence[Sequence[str]], config_dir: Path, config_name: str) 
         return  # the first process of this run has done it
     for number, overrides in enumerate(runs):
         try:
-            with _config(number, overrides, len(runs) > 1, config_dir, config_name) as cfg:
-                _rehearse(cfg)
+            with _config(number, overrides, in_sweep, config_dir, config_name) as cfg:
+                _rehearse(cfg, in_sweep)
         except CommandLineError as error:
             if len(runs) == 1:
                 raise
@@ -87,9 +90,9 @@ def _config(
         instance.cfg = before
 
 
-def _rehearse(cfg: DictConfig) -> None:
+def _rehearse(cfg: DictConfig, in_sweep: bool) -> None:
     """Make everything that a run is made of, and let it train on its first batch."""
-    here = str(cfg.hydra.launcher.get("_target_")).endswith(_HERE)
+    here = not in_sweep or str(cfg.hydra.launcher.get("_target_")).endswith(_HERE)
     chosen, sweeper = cfg.hydra.runtime.choices, cfg.hydra.sweeper
     if str(sweeper.get("_target_")).endswith(".OptunaSweeper"):
         direction_of(cfg.metric, sweeper.get("direction"))

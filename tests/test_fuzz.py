@@ -296,6 +296,7 @@ DIGITS = (*QUICK, *SMALL["digits"])
         ("hydra.run.dir=", "hydra.run.dir: expected a folder, for all that a run writes"),
         ("~schedule", "schedule: it is missing, and there is no run without it"),
         ("task=implicit_image", "task=implicit_image of model=mlp on data=digits: the first batch"),
+        ("task=autoencoding hydra/launcher=natgrad_slurm", "on data=digits: the first batch fails"),
         ("data=graph_atlas", "mlp needs shape and classes, but GraphAtlas has inputs, outputs"),
         ("data.batch_size=5000", "data: batch_size=5000: expected at most 1297, the training"),
         ("trainer.max_epochs=0", "trainer: there is nothing to train"),
