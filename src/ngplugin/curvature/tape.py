@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import Parameter, is_lazy
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ngplugin.curvature.process_wide import ProcessWide
 from ngplugin.curvature.random_state import random_state, set_random_state
@@ -41,6 +40,7 @@ from ngplugin.curvature.recorded_call import (
     tensors_in,
 )
 from ngplugin.curvature.subclasses import plain
+from ngplugin.curvature.weak_tensors import WeakTensors
 
 # Update running statistics among their arguments without raising those tensors' version counters.
 _WRITES_UNNOTICED = {"batch_norm", "instance_norm", "native_batch_norm"}
@@ -70,17 +70,17 @@ class Tape:
         self.parameters = {id(p): p for p in parameters}
         self.device = parameters[0].device if parameters else torch.device("cpu")
         self.calls: list[RecordedCall] = []
-        self._slots: Any = WeakTensorKeyDictionary()  # tensor -> Slot
+        self._slots: Any = WeakTensors()  # tensor -> Slot
         self._key = object()  # under which nodes of the graph have the slots of what they made
-        self._memory: Any = WeakTensorKeyDictionary()  # what others are views of -> first slot
+        self._memory: Any = WeakTensors()  # what others are views of -> first slot
         self.alias: list[int] = []  # slot -> the first slot of those that share its memory
         self._originals: dict[Slot, Tensor] = {}  # constants as they were before being written to
-        self._written: Any = WeakTensorKeyDictionary()  # constants that the forward pass changed
+        self._written: Any = WeakTensors()  # constants that the forward pass changed
         self._alone: dict[Slot, frozenset[int]] = {}  # computed from parameters only -> their ids
         self.made: dict[Slot, Tensor] = {}  # by calls that parameters enter, with their graph
         self.scored: dict[int, Tensor] = {}  # place of a call -> the loss value it returned
         self._unmade = {id(p) for p in parameters if is_lazy(p)}  # the first batch shapes them
-        self._foreign: Any = WeakTensorKeyDictionary()  # made from other optimizers' parameters
+        self._foreign: Any = WeakTensors()  # made from other optimizers' parameters
         self._ungraphed: set[Slot] = set()  # last written to while gradients were disabled
         self.obstacle: str | None = None  # why this tape cannot be replayed
         self.hidden_derivative: str | None = None  # why a replay cannot be differentiated
@@ -218,6 +218,8 @@ class Tape:
     def release(self) -> None:
         """Let the graph go; `tail` finds nothing from here on."""
         self.made.clear()
+        for tensors in (self._slots, self._memory, self._written, self._foreign):
+            tensors.forget_gone()
 
     def mark(self, tensors: Sequence[Tensor]) -> Mark:
         """Remember `tensors`, as they are now, as something a replay shall return."""
