@@ -32,7 +32,7 @@ from experiments.rehearsal import _FirstBatch
 from tests.environment import REPOSITORY
 
 CONF = REPOSITORY / "conf"
-EXAMPLES = int(os.environ.get("NGPLUGIN_FUZZ", "10"))
+EXAMPLES = int(os.environ.get("NGPLUGIN_FUZZ", "8"))
 GROUPS = {
     str(folder.relative_to(CONF)): sorted(path.stem for path in folder.glob("*.yaml"))
     for folder in sorted(CONF.rglob("*"))
