@@ -17,7 +17,7 @@ import json
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ STEP = ("trust_region", "damping", "kl", "measured_kl", "step_sizes", "optimizer
         "nat_worth", "solver", "layer_balance", "scale")  # fmt: skip
 #: Tests whose lines are asked for; those of trainers and programs take too long.
 TESTS = ("tests/curvature", *(f"tests/test_{name}.py" for name in STEP))
-#: What holds a file, all of it; of other tests those that take no more than so many seconds.
+#: Tests that hold a file, and come before others.
 FIRST = {
     "trust_region": ("tests/test_trust_region.py",),
     "damping": ("tests/test_damping.py",),
@@ -49,10 +49,11 @@ RESULTS = ROOT / "experiments" / "results" / "mutants.json"
 EXPLAINED = Path(__file__).with_name("explained.yaml")
 
 
-def sources(only: str | None) -> list[Path]:
-    """The files that are changed: all, or those of which `only` is the name or the folder."""
+def sources(only: Sequence[str] = ()) -> list[Path]:
+    """The files that are changed: all, or those whose names or folders are given."""
     found = [path for pattern in TARGETS for path in sorted(PACKAGE.glob(pattern))]
-    return [p for p in found if only in (None, p.stem, p.parent.name) and p.stem != "__init__"]
+    chosen = [p for p in found if not only or {p.stem, p.parent.name} & {*only}]
+    return [path for path in chosen if path.stem != "__init__"]
 
 
 def short(path: Path) -> str:
@@ -85,7 +86,7 @@ def keep(path: Path, key: str, found: dict[str, Any]) -> None:
 
 def lines_of_tests(trials: Trials) -> dict[str, Any]:
     """Lines of the core that every test runs, and its seconds; by files of tests, as they change."""
-    core, found = sources(None), {}
+    core, found = sources(), {}
     for file in sorted({name.split("::")[0] for name in trials.items}):
         place = KEPT / "lines" / f"{Path(file).stem}.json"
         key = digest(*core, ROOT / file)
@@ -106,13 +107,13 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
     outcomes = {} if options.fresh else kept(place, key)
     explained = explanations(short(path))
     all_of_it = [*mutants(path.read_text(encoding="utf-8"))]
-    random.Random(options.seed).shuffle(all_of_it)
-    share = slice(options.sample) if options.sample else slice(None)
+    if options.sample:
+        random.Random(options.seed).shuffle(all_of_it)
     running: dict[int, list[str]] = {}
     for name, run in tests.items():
         for line in run["lines"].get(str(path), ()):
             running.setdefault(line, []).append(name)
-    for mutant in all_of_it[share]:
+    for mutant in all_of_it[: options.sample]:
         outcome = outcomes.get(mutant.name)
         if outcome or (outcome == "" and mutant.name in explained and not options.again):
             continue
@@ -163,10 +164,10 @@ def collected(work: Callable[[Trials], None], *arguments: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run; the number of survivors without an explanation decides the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.mutants", description=__doc__)
-    parser.add_argument("--only", help="a file or a folder, such as trust_region or blocks")
+    parser.add_argument("--only", nargs="*", default=(), help="files or folders: trust_region, blocks")
     parser.add_argument("--sample", type=int, help="so many mutants of each file, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--seconds", type=float, default=20, help="most of other files' tests")
+    parser.add_argument("--seconds", type=float, default=20, help="most for the tests of a mutant")
     parser.add_argument("--fresh", action="store_true", help="forget what was found before")
     parser.add_argument("--again", action="store_true", help="try explained survivors, too")
     options = parser.parse_args(arguments)

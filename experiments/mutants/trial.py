@@ -125,7 +125,7 @@ class Trials:
             return trace
 
         found: dict[str, Any] = {}
-        start = time.perf_counter()
+        start = time.process_time()
         sys.settrace(trace)
         for name in self._run(tests):
             sys.settrace(None)
@@ -133,16 +133,16 @@ class Trials:
                 lines: dict[str, list[int]] = {}
                 for file, line in sorted(seen):
                     lines.setdefault(file, []).append(line)
-                found[name] = {"seconds": time.perf_counter() - start, "lines": lines}
+                found[name] = {"seconds": time.process_time() - start, "lines": lines}
             seen.clear()
-            start = time.perf_counter()
+            start = time.process_time()
             sys.settrace(trace)
         sys.settrace(None)
         return found
 
 
 def in_order(tests: dict[str, float], first: Sequence[str], most: float) -> list[str]:
-    """Those of the files `first`, then those of others until they take `most` seconds in all.
+    """Those of the files `first`, then those of others, as long as they take `most` seconds in all.
 
     Of each function of tests one comes before its other parameters, and fast ones first.
     """
@@ -155,7 +155,7 @@ def in_order(tests: dict[str, float], first: Sequence[str], most: float) -> list
     chosen, total = [], 0.0
     for name in sorted(places, key=places.__getitem__):
         total += tests[name]
-        if not places[name][0] or total <= most:
+        if total <= most or not chosen:
             chosen.append(name)
     return chosen
 
