@@ -88,8 +88,8 @@ RULES = (
     Rule(
         "failed factorizations", "trouble", ("failed_factorizations", "steps"),
         lambda failed, steps: failed > 0,
-        "{failed_factorizations:.0f} inversions of a block failed in {steps:.0f} steps; the old "
-        "inverses were kept",
+        "{failed_factorizations:.0f} inversions of a block failed in {steps:.0f} steps, and were "
+        "mended by more damping, by keeping the old inverse or by a diagonal",
         "raise damping, or train in float32 instead of 16 bits",
         "A damped average is positive definite but for rounding; where it is not, even in float64, "
         "its eigenvalues span more digits than there are.",

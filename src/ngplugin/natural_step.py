@@ -15,6 +15,7 @@ from torch import Tensor
 from ngplugin.curvature.blocks import BlockDamping, ExactBlock
 from ngplugin.curvature.blocks.block import GradientBlock
 from ngplugin.curvature.exact_rows import ExactRows
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.fisher import Condition, Fisher
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observation import Observation, why_no_fisher
@@ -103,6 +104,7 @@ class NaturalGradientStep:
         self._condition: Condition | None = None
         self._condition_step = -1
         self._spectra: list[BlockSpectrum] = []  # of this step
+        self._remedies: list[Remedy] = []  # what its inversions took
         self._statistics_step = -1  # the last that gave statistics
         self.watch = StepWatch(options, self.fisher, self._needs)
         self._last_time = time.perf_counter()
@@ -169,7 +171,7 @@ class NaturalGradientStep:
             finite = math.isfinite(float(total(squares.values())))
             self._settle_last_step(finite)
             weight = self._weigh(observations) if finite else None
-            dropped, failed = self._update_curvature(groups, observations, rule, weight)
+            dropped = self._update_curvature(groups, observations, rule, weight)
             schedule = max((group.schedule for group in groups), default=1.0)
             finite = finite and self._knows_curvature()
             model, applied = Model(), Applied(0.0)
@@ -203,11 +205,12 @@ class NaturalGradientStep:
             shrinks=applied.shrinks,
             skipped=int(not finite),
             rejected=int(applied.rejected),
-            failed_factorizations=failed,
+            failed_factorizations=sum(r > Remedy.FLOAT64 for r in self._remedies),
+            remedy=int(max(self._remedies, default=0)),
             dropped_statistics=dropped,
             spectra=tuple(self._spectra),
         )
-        self._spectra = []
+        self._spectra, self._remedies = [], []
         self.steps += 1
         self._last_time = now
         for listener in self.listeners:
@@ -246,15 +249,15 @@ class NaturalGradientStep:
         observations: Sequence[Observation],
         rule: BlockDamping,
         weight: ObjectiveWeight | None,
-    ) -> tuple[int, int]:
-        """Fold what was observed into F and invert what is due; returns (dropped, failed).
+    ) -> int:
+        """Fold what was observed into F and invert what is due; returns how much was dropped.
 
         Of a step without a weight nothing is folded: some of its statistics may look sound, as
         those of layers behind a saturated one do.
         """
         options = self.options
         if options.structure == "identity" and options.kl_radius is None:
-            return 0, 0
+            return 0
         scored = [loss for observation in observations for loss in observation.scored]
         names = (loss.call.name for loss in scored)
         self.losses += [name for name in dict.fromkeys(names) if name not in self.losses]
@@ -273,21 +276,21 @@ class NaturalGradientStep:
             )
         if not self._knows_curvature():
             if dropped and self.steps < _MOST_BAD_BATCHES:
-                return dropped, 0  # a bad batch, as any may be
+                return dropped  # a bad batch, as any may be
             raise StepOrderError(why_no_fisher(observations))
         if self._work is None:
             self._count(rule)
         due = self.fisher.due(self.steps, self.pace.refresh_every, self.pace.statistics_every)
-        failed = self.fisher.refresh(rule, due)
+        self._remedies = self.fisher.refresh(rule, due)
         if due is not None and rule.value != self._refreshed_damping:
             self.fisher.redamp(rule)
         self._refreshed_damping = rule.value
-        failed += self.fisher.refresh_every_step(self._exact_rule())
+        self._remedies += self.fisher.refresh_every_step(self._exact_rule())
         if self._condition_due():
             self._spectra = self.fisher.spectra(self.names)
             self._condition = self.fisher.condition(self._spectra)
             self._condition_step = self.steps
-        return dropped, failed
+        return dropped
 
     def _count(self, rule: BlockDamping) -> None:
         """Settle for good how often curvature is due, now that it is known what it takes."""
@@ -383,7 +386,7 @@ class NaturalGradientStep:
                 self._remember(block, moves, applied.scale)
                 break
             if retries:
-                self.fisher.refresh_every_step(self._exact_rule())
+                self._remedies += self.fisher.refresh_every_step(self._exact_rule())
         if applied.rejected or not model.finite():
             self._momentum.discard()
         else:

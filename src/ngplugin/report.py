@@ -34,7 +34,9 @@ class StepReport:
         skipped: 1 if gradient or step was not finite, or no batch so far has given a Fisher, and
             nothing was moved.
         rejected: 1 if the measured KL stayed too large after every shrink, and nothing was moved.
-        failed_factorizations: in this step; the old inverses were kept.
+        failed_factorizations: in this step, of those that float64 did not mend.
+        remedy: the gravest that an inversion of this step took: 1 float64, 2 more damping, 3 the
+            old inverse stayed, 4 with none, a diagonal.
         dropped_statistics: in this step, not finite.
         spectra: of every block, on steps on which they were computed.
     """
@@ -57,6 +59,7 @@ class StepReport:
     skipped: int = 0
     rejected: int = 0
     failed_factorizations: int = 0
+    remedy: int = 0
     dropped_statistics: int = 0
     spectra: tuple[BlockSpectrum, ...] = field(default=(), repr=False)
 

@@ -14,6 +14,7 @@ from ngplugin.curvature.blocks import (
     UnitBlock,
 )
 from ngplugin.curvature.blocks.block import rounding
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.spectrum import counted
 from ngplugin.curvature.taps import read_map_call
 from tests.oracle import dense_average, dense_damped, flat, randn
@@ -50,7 +51,7 @@ def kronecker(layout, bias=True, steps=3, kind=KroneckerBlock, **options):
         block.add_map_score(call, randn(*output.shape, seed=20 + i), 1.0)
         assert block.fold(5.0 + i, 0.8)
         if kind is EigenBlock:  # whose eigenvalues are measured along eigenvectors
-            assert block.refresh(BlockDamping(0.5))
+            assert block.refresh(BlockDamping(0.5)) is Remedy.NONE
     return block
 
 
@@ -153,7 +154,7 @@ def test_preconditioning_solves_the_dense_damped_system(name, damping):
     block = BLOCKS[name]()
     if name == "diagonal" and damping.value == 0:
         damping = BlockDamping(0.1, damping.mode, damping.sampling)
-    assert block.refresh(damping)
+    assert block.refresh(damping) is Remedy.NONE
     g = vectors(block)
     direction, product = block.precondition(g)
     dense = dense_damped(block, damping.value, damping.mode, damping.sampling)
@@ -289,11 +290,11 @@ def test_what_is_discarded_is_never_folded(name):
 @pytest.mark.parametrize("eigenvalue", [-1.0, 0.0])
 def test_a_failed_factorization_keeps_the_old_inverse(eigenvalue):
     block = kronecker("linear")
-    assert block.refresh(BlockDamping(0.1))
+    assert block.refresh(BlockDamping(0.1)) is Remedy.NONE
     v = vectors(block)
     before = flat(block.precondition(v)[0])
     block._averages["inputs"]._sum.zero_()[0].fill_diagonal_(eigenvalue)
-    assert not block.refresh(BlockDamping(0.0))
+    assert block.refresh(BlockDamping(0.0)) is Remedy.OLD_INVERSE
     assert torch.equal(flat(block.precondition(v)[0]), before)
 
 
@@ -305,7 +306,7 @@ def test_a_matrix_that_is_singular_in_float32_is_factorized_in_float64():
     block = KroneckerBlock(nn.Parameter(torch.randn(1, 2)), None, 1)
     block._added = {"inputs": A, "rows": torch.ones(1, 1, 1), "G": torch.ones(1, 1, 1)}
     block.fold(1.0, 0.0)
-    assert block.refresh(BlockDamping(0.0))
+    assert block.refresh(BlockDamping(0.0)) is Remedy.FLOAT64
     inverse = block.factors[0].inverse
     assert inverse.dtype == torch.float32
     torch.testing.assert_close(inverse, torch.linalg.inv(A.double()).float(), rtol=1e-3, atol=0)
@@ -351,5 +352,5 @@ def test_the_numbers_kept_are_counted():
         (diagonal(), 2 * 12),
         (unit(), 3 * 4 * 6),
     ):
-        assert block.refresh(BlockDamping(0.1))
+        assert block.refresh(BlockDamping(0.1)) is Remedy.NONE
         assert numbers <= block.numel() < 1.2 * numbers  # dampings and counts too

@@ -9,6 +9,7 @@ from ngplugin.curvature.block_choice import BlockRule
 from ngplugin.curvature.blocks import BlockDamping
 from ngplugin.curvature.blocks import eigen as eigen_module
 from ngplugin.curvature.blocks.eigen import squared_gradients
+from ngplugin.curvature.factorization import Remedy
 from tests.oracle import (
     FAMILIES,
     assert_mean_is,
@@ -206,7 +207,7 @@ def test_a_factorization_that_fails_keeps_the_old_basis(monkeypatch):
         raise RuntimeError("linalg.eigh: failed to converge")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    assert fisher.refresh(BlockDamping(0.1)) == 2
+    assert fisher.refresh(BlockDamping(0.1)) == [Remedy.OLD_INVERSE] * 2
     assert all(
         torch.equal(dense_average(b), old) for b, old in zip(fisher.blocks, before, strict=True)
     )

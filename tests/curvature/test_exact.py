@@ -10,6 +10,7 @@ from torch import nn
 from ngplugin import NaturalGradientOptimizer, OptionError
 from ngplugin.curvature.blocks import BlockDamping, ExactBlock
 from ngplugin.curvature.exact_rows import ExactRows
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.fisher import Fisher
 from ngplugin.curvature.jacobian import Jacobian
 from tests.oracle import FAMILIES, dense_fisher, double, flat, observe, randn, unflat
@@ -98,7 +99,7 @@ def test_both_sides_are_the_dense_solve(n):
     rows, residual = randn(n, 14), randn(n, seed=1)
     block = block_of(rows, residual, 2.5, parameters)
     assert block.kernel_side == (n < 14)
-    assert block.refresh(BlockDamping(0.01))
+    assert block.refresh(BlockDamping(0.01)) is Remedy.NONE
     matrix = rows.T @ rows / 2.5
     damped = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(14).double()
     for g in (rows.T @ residual, randn(14, seed=2)):  # of the rows, and of something else
@@ -124,7 +125,7 @@ def test_tiny_damping_keeps_its_digits_on_the_kernel_side():
     rows = u @ torch.diag(torch.logspace(0, -5, n, dtype=torch.float64)) @ v.T
     residual, parameter = randn(n, seed=2), nn.Parameter(torch.zeros(size).double())
     block = block_of(rows, residual, 1.0, [parameter])
-    assert block.refresh(BlockDamping(1e-12, "absolute"))
+    assert block.refresh(BlockDamping(1e-12, "absolute")) is Remedy.NONE
     (d,), _ = block.precondition([rows.T @ residual])
     with mpmath.workdps(60):
         R = mpmath.matrix(rows.tolist())
@@ -137,7 +138,7 @@ def test_tiny_damping_keeps_its_digits_on_the_kernel_side():
 def test_a_singular_matrix_gets_more_damping_until_it_has_a_factor():
     rows = randn(1, 8).expand(4, 8).contiguous()
     block = block_of(rows, randn(4), 1.0, [nn.Parameter(torch.zeros(8).double())])
-    assert not block.refresh(BlockDamping(0.0))
+    assert block.refresh(BlockDamping(0.0)) is Remedy.JITTER
     (d,), _ = block.precondition([rows[0]])
     assert d.isfinite().all()
 

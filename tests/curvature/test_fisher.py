@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ngplugin.curvature.blocks import BlockDamping, DiagonalBlock
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.fisher import Fisher, refresh_due, turns
 from tests.oracle import dense_average, dense_damped, double, flat, observe, randn
 
@@ -220,7 +221,7 @@ def test_a_new_block_is_inverted_at_once_and_the_others_left_alone():
     before = [id(block._refreshed) for block in fisher.blocks]
     late = nn.Parameter(randn(3))
     observe([late], lambda: F.mse_loss(late * 1, torch.zeros(3).double()), fisher=fisher)
-    assert fisher.refresh(BlockDamping(9.9), []) == 0
+    assert fisher.refresh(BlockDamping(9.9), []) == [Remedy.NONE]
     assert fisher.block(late).inverted
     assert [id(block._refreshed) for block in fisher.blocks][:-1] == before
 

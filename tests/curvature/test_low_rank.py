@@ -10,6 +10,7 @@ from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.blocks import BlockDamping, KroneckerBlock
 from ngplugin.curvature.blocks.factor import damped_factor
 from ngplugin.curvature.blocks.low_rank_factor import LowRankFactor, low_rank_factor, read_factor
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.fisher import Fisher
 from tests.oracle import double, flat, observe, randn
 
@@ -20,6 +21,16 @@ def spectrum(values, seed=0):
     """A symmetric matrix with these eigenvalues, `[1, d, d]`, and its eigenvectors."""
     U = torch.linalg.qr(randn(len(values), len(values), seed=seed))[0]
     return (U * torch.as_tensor(values).double()) @ U.T[None], U
+
+
+def low_rank(*arguments, remedy=Remedy.NONE):
+    factor, taken = low_rank_factor(*arguments)
+    assert taken is remedy
+    return factor
+
+
+def whole(*arguments):
+    return damped_factor(*arguments)[0]
 
 
 def dense(factor: LowRankFactor):
@@ -33,15 +44,15 @@ A = torch.full((1, 1, 1), 0.3).double()
 
 def test_a_matrix_of_low_rank_beside_a_multiple_of_the_identity_is_kept_whole():
     X, U = spectrum([50.0, 20, 7, *[0.5] * 37])
-    factor, whole = low_rank_factor(X, A, 3, U[None, :, :3]), damped_factor(X, A)
+    factor, exact = low_rank(X, A, 3, U[None, :, :3]), whole(X, A)
     torch.testing.assert_close(dense(factor), X)
     torch.testing.assert_close(factor.rest.squeeze(), torch.tensor(0.5).double())
     M = randn(1, 40, 6)
     for ours, theirs in (
-        (factor.solve(M), whole.solve(M)),
-        (factor.times(M), whole.times(M)),
-        (factor.solve_right(M.mT), whole.solve_right(M.mT)),
-        (factor.times_right(M.mT), whole.times_right(M.mT)),
+        (factor.solve(M), exact.solve(M)),
+        (factor.times(M), exact.times(M)),
+        (factor.solve_right(M.mT), exact.solve_right(M.mT)),
+        (factor.times_right(M.mT), exact.times_right(M.mT)),
     ):
         torch.testing.assert_close(ours, theirs)
     values, times = factor.eigenvalues()
@@ -52,7 +63,7 @@ def test_a_matrix_of_low_rank_beside_a_multiple_of_the_identity_is_kept_whole():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_products_are_those_of_the_matrix_that_it_stands_for(groups):
     X = torch.cat([spectrum(torch.logspace(2, -3, 30), seed=i)[0] for i in range(groups)])
-    factor = low_rank_factor(X, A.expand(groups, 1, 1), 8, None)
+    factor = low_rank(X, A.expand(groups, 1, 1), 8, None)
     stands_for = dense(factor)
     damped = stands_for + 0.3 * torch.eye(30).double()
     M = randn(groups, 30, 5)
@@ -70,7 +81,7 @@ def test_products_are_those_of_the_matrix_that_it_stands_for(groups):
 
 def test_padding_adds_rows_that_stay_zero():
     X, _ = spectrum(torch.logspace(2, -3, 30))
-    for factor in (low_rank_factor(X, A, 8, None), damped_factor(X, A), damped_factor(X[0], A)):
+    for factor in (low_rank(X, A, 8, None), whole(X, A), whole(X[0], A)):
         M = randn(1, 30, 5)
         wide = torch.cat([M, torch.zeros(1, 2, 5).double()], 1)
         padded = factor.padded(32)
@@ -91,20 +102,29 @@ def test_padding_adds_rows_that_stay_zero():
 
 def test_one_sweep_follows_a_matrix_that_changes_a_little():
     X, _ = spectrum(torch.logspace(2, -3, 60))
-    start = low_rank_factor(X, A, 10, None).basis
+    start = low_rank(X, A, 10, None).basis
     X = 0.9 * X + 0.1 * spectrum(torch.logspace(2, -3, 60), seed=1)[0]
     best = torch.linalg.eigvalsh(X)[0, -10:].sum()
-    seen = low_rank_factor(X, A, 10, start).matrix.diagonal(dim1=-2, dim2=-1).sum()
+    seen = low_rank(X, A, 10, start).matrix.diagonal(dim1=-2, dim2=-1).sum()
     assert 0.98 * best < seen <= best * (1 + 1e-9)
     cold = torch.linalg.qr(randn(1, 60, 10, seed=9))[0]  # as many sweeps from anywhere
-    assert low_rank_factor(X, A, 10, cold).matrix.diagonal(dim1=-2, dim2=-1).sum() < seen
+    assert low_rank(X, A, 10, cold).matrix.diagonal(dim1=-2, dim2=-1).sum() < seen
 
 
-@pytest.mark.parametrize("values", [[3.0, 1.0, *[0.0] * 18], [0.0] * 20])
-def test_a_singular_one_without_damping_has_no_inverse(values):
-    X, axes = torch.tensor(values).double().diag()[None], torch.eye(20).double()[None, :, :2]
-    assert low_rank_factor(X, torch.zeros(1, 1, 1).double(), 2, axes) is None
-    assert low_rank_factor(X, A, 2, axes) is not None
+def test_a_singular_one_without_damping_gets_some():
+    values = torch.tensor([3.0, 1.0, *[0.0] * 18]).double()
+    X, axes, none = values.diag()[None], torch.eye(20).double()[None, :, :2], torch.zeros(1, 1, 1)
+    factor = low_rank(X, none.double(), 2, axes, remedy=Remedy.JITTER)
+    assert 0 < factor.damping.item() < 1e-12
+    M = randn(1, 20, 2)
+    damped = dense(factor) + factor.damping * torch.eye(20)
+    torch.testing.assert_close(factor.solve(M), torch.linalg.solve(damped, M))
+    assert low_rank(X, A, 2, axes) is not None
+
+
+def test_one_of_zeros_without_damping_has_no_inverse():
+    axes, none = torch.eye(20).double()[None, :, :2], torch.zeros(1, 1, 1).double()
+    assert low_rank(torch.zeros(1, 20, 20).double(), none, 2, axes, remedy=Remedy.JITTER) is None
 
 
 # -- blocks that have such factors ----------------------------------------------------------------
@@ -123,7 +143,7 @@ def seen(inputs=200, outputs=150, rows=40, bias=True):
 @pytest.mark.parametrize("value", [0.01, 1.0])
 def test_a_block_solves_with_the_factors_that_it_keeps(sides, bias, value):
     block = seen(*sides, bias=bias)
-    assert block.refresh(BlockDamping(value, share=0.15))
+    assert block.refresh(BlockDamping(value, share=0.15)) is Remedy.NONE
     sizes = {"A": sides[0] + bias, "G": sides[1]}
     kept, damped = {}, {}
     for name, size in sizes.items():

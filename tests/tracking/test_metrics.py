@@ -38,6 +38,7 @@ def test_metric_names_are_the_documented_ones() -> None:
         "natgrad/skipped",
         "natgrad/rejected",
         "natgrad/failed_factorizations",
+        "natgrad/remedy",
         "natgrad/dropped_statistics",
     }
 

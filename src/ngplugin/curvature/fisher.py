@@ -24,6 +24,7 @@ from ngplugin.curvature.blocks import (
 )
 from ngplugin.curvature.blocks.block import curvature_dtype, rounding
 from ngplugin.curvature.exact_rows import ExactRows
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.likelihoods import ScoredCall
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.parameter_vector import dot, total
@@ -216,8 +217,10 @@ class Fisher:
                 block.add_gradient_scores([p.grad], 1.0)
                 block.fold(scale, decay)
 
-    def refresh(self, damping: BlockDamping, chosen: Collection[Block] | None = None) -> int:
-        """Invert the damped averages; returns how many factorizations failed.
+    def refresh(
+        self, damping: BlockDamping, chosen: Collection[Block] | None = None
+    ) -> list[Remedy]:
+        """Invert the damped averages; returns what each block took.
 
         Args:
             damping: λ and how to apply it; its floor is set here. Parameters that the prediction
@@ -230,11 +233,11 @@ class Fisher:
         averaged = [block for block in ready if not block.every_step]
         due = [b for b in averaged if chosen is None or b in chosen or not b.inverted]
         if not due:
-            return 0
+            return []
         floored = replace(damping, floor=self._floor(ready))
         if several_ranks():
             return sharing.refresh([b for b in due if isinstance(b, AveragedBlock)], floored)
-        return sum(not block.refresh(floored) for block in due)
+        return [block.refresh(floored) for block in due]
 
     def due(self, step: int, every: int, busy: int) -> Sequence[Block] | None:
         """Whose inverses are due; None for all.
@@ -303,11 +306,9 @@ class Fisher:
         found = [block.work(damping) for block in self.blocks if block.ready]
         return sum(found, Work()).over_ranks(self.parameters[0].device)
 
-    def refresh_every_step(self, damping: BlockDamping) -> int:
+    def refresh_every_step(self, damping: BlockDamping) -> list[Remedy]:
         """The same for the blocks that are of one batch; may be done again with more damping."""
-        return sum(
-            not block.refresh(damping) for block in self.blocks if block.every_step and block.ready
-        )
+        return [b.refresh(damping) for b in self.blocks if b.every_step and b.ready]
 
     @property
     def blocks(self) -> list[Block]:

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ngplugin.curvature.block_choice import BlockChoice
 from ngplugin.curvature.blocks import BLOCKS, AveragedBlock, BlockDamping
+from ngplugin.curvature.blocks.averaged import Inversion
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.ranks import alike, all_ranks, mean_over_ranks_, rank, ranks
 
 Statistic = dict[str, Tensor] | None  # None: not finite; empty: nothing was added
@@ -104,18 +106,18 @@ def means(blocks: Sequence[AveragedBlock]) -> list[dict[str, Tensor]]:
     return found
 
 
-def refresh(blocks: Sequence[AveragedBlock], damping: BlockDamping) -> int:
+def refresh(blocks: Sequence[AveragedBlock], damping: BlockDamping) -> list[Remedy]:
     """Average some blocks, invert each in one process, and tell the others.
 
     Returns:
-        How many factorizations failed.
+        What each took.
     """
     average(blocks)
     owners = _owners(blocks)
     mine = [i for i, owner in enumerate(owners) if owner == rank()]
     inverted = {i: blocks[i].invert(damping) for i in mine}
     shared = _shared(blocks, inverted, owners)
-    return sum(not block.take(tensors) for block, tensors in zip(blocks, shared, strict=True))
+    return [block.take(inversion) for block, inversion in zip(blocks, shared, strict=True)]
 
 
 def own(blocks: Sequence[AveragedBlock]) -> list[AveragedBlock]:
@@ -217,42 +219,36 @@ def _filled(block: AveragedBlock, statistic: Statistic, offers: Sequence[_Offer]
 
 
 def _shared(
-    blocks: Sequence[AveragedBlock], inverted: Mapping[int, Statistic], owners: Sequence[int]
-) -> list[Statistic]:
-    """Every block's inverted tensors, from whoever made them."""
+    blocks: Sequence[AveragedBlock], inverted: Mapping[int, Inversion], owners: Sequence[int]
+) -> list[Inversion]:
+    """Every block's inversion, from whoever made it."""
     made = {
-        i: None if tensors is None else [(n, t.shape, t.dtype) for n, t in tensors.items()]
-        for i, tensors in inverted.items()
+        i: (int(found.remedy), [(n, t.shape, t.dtype) for n, t in found.tensors.items()])
+        for i, found in inverted.items()
     }
     gathered: list[dict[int, Any]] = [{} for _ in range(ranks())]
     dist.all_gather_object(gathered, made)
-    layouts = {i: layout for of_one in gathered for i, layout in of_one.items()}
-    result: list[Statistic] = [None if layouts[i] is None else {} for i in range(len(owners))]
+    told = {i: of_block for of_one in gathered for i, of_block in of_one.items()}
+    result = [Inversion({}, Remedy(told[i][0])) for i in range(len(owners))]
     waiting = []
     for owner in sorted(set(owners)):
         pieces = [
             (i, name, torch.Size(shape), dtype, blocks[i].parameters[0].device)
             for i in range(len(owners))
             if owners[i] == owner
-            for name, shape, dtype in layouts[i] or ()
+            for name, shape, dtype in told[i][1]
         ]
         for same in alike([piece[3:] for piece in pieces]):
             chosen = [pieces[k] for k in same]
             sizes = [shape.numel() for _, _, shape, _, _ in chosen]
             if owner == rank():
-                flat = torch.cat([_of(inverted, i)[name].reshape(-1) for i, name, *_ in chosen])
+                flat = torch.cat([inverted[i].tensors[n].reshape(-1) for i, n, *_ in chosen])
             else:
                 _, _, _, dtype, device = chosen[0]
                 flat = torch.empty(sum(sizes), dtype=dtype, device=device)
             waiting.append(dist.broadcast(flat, owner, async_op=True))
             for (i, name, shape, _, _), part in zip(chosen, flat.split(sizes), strict=True):
-                _of(result, i)[name] = part.view(shape)
+                result[i].tensors[name] = part.view(shape)
     for message in waiting:
         message.wait()
     return result
-
-
-def _of(statistics: Any, i: int) -> dict[str, Tensor]:
-    found = statistics[i]
-    assert found is not None
-    return found  # type: ignore[no-any-return]

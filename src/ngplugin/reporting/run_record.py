@@ -24,7 +24,7 @@ _MISSING = {
     "kl": None, "kl_predicted": 0.0, "kl_radius": math.inf, "step_scale": 1.0, "damping": math.nan,
     "condition_number": None, "condition_number_undamped": None, "reduction_ratio": None,
     "grad_norm": math.nan, "natural_grad_norm": math.nan, "cosine": math.nan, "overhead": 0.0,
-    "skipped": 0, "rejected": 0, "failed_factorizations": 0, "dropped_statistics": 0,
+    "skipped": 0, "rejected": 0, "failed_factorizations": 0, "remedy": 0, "dropped_statistics": 0,
 }  # fmt: skip
 SECONDS = "train/seconds"  # of training when a row was written, if the run says so
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,20 @@ from torch import Tensor
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, curvature_dtype, finite
 from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.ranks import ranks
+
+
+class Inversion(NamedTuple):
+    """What inverting a block came to.
+
+    Attributes:
+        tensors: by name, that products are formed with; empty where those of before stay.
+        remedy: what it took.
+    """
+
+    tensors: dict[str, Tensor]
+    remedy: Remedy = Remedy.NONE
 
 
 class AveragedBlock(Block):
@@ -20,7 +33,7 @@ class AveragedBlock(Block):
 
     A subclass adds tensors up as scores arrive (`_add`), says which statistic they make
     (`_statistic`), how large F is by the averages (`scale`), and inverts them into more named
-    tensors (`invert`), from which it forms products. The rest is here: dropping, folding, growing,
+    tensors (`_invert`), from which it forms products. The rest is here: dropping, folding, growing,
     saving.
 
     Statistics are sums over examples and nothing else, so that those of several processes, or of
@@ -36,6 +49,7 @@ class AveragedBlock(Block):
         self._refreshed: dict[str, Tensor] = {}  # as of the last refresh
         self._refreshed_scale: Tensor | None = None
         self._growth: float | Tensor = 1.0  # the scale now, over that of the last refresh
+        self._diagonal = False  # for want of a factorization
 
     @abstractmethod
     def _statistic(self, added: dict[str, Tensor], total_weight: float) -> dict[str, Tensor]:
@@ -50,11 +64,12 @@ class AveragedBlock(Block):
         """
 
     @abstractmethod
-    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
-        """The tensors that products are formed with, for `take`.
+    def _invert(self, damping: BlockDamping, diagonal: bool) -> Inversion | None:
+        """The tensors that products are formed with; None if a factorization failed.
 
-        Returns:
-            None if a factorization failed; empty if there is nothing to invert yet.
+        Args:
+            damping: λ and how to apply it.
+            diagonal: of each matrix only its diagonal, for which there is nothing to factorize.
         """
 
     def _add(self, name: str, value: Tensor) -> None:
@@ -142,21 +157,33 @@ class AveragedBlock(Block):
         """The mean of the scales."""
         return self.scale(self.means()).mean()
 
-    def refresh(self, damping: BlockDamping) -> bool:
+    def refresh(self, damping: BlockDamping) -> Remedy:
         """Invert the damped averages, as the block's class says."""
         return self.take(self.invert(damping))
 
-    def take(self, inverted: dict[str, Tensor] | None) -> bool:
-        """Form products with what `invert` returned, here or in another process.
+    def invert(self, damping: BlockDamping) -> Inversion:
+        """The damped averages inverted, for `take`, by whatever remedy it takes."""
+        inversion = self._invert(damping, diagonal=False)
+        if inversion is not None:
+            return inversion
+        if self.inverted:
+            return Inversion({}, Remedy.OLD_INVERSE)
+        inversion = self._invert(damping, diagonal=True)
+        assert inversion is not None, "a diagonal has nothing to factorize"
+        return inversion._replace(remedy=Remedy.DIAGONAL)
 
-        Returns:
-            False if it failed; then the old inverse stays.
-        """
-        if inverted:
-            self._refreshed, self._refreshed_scale = inverted, self.scale(self.means())
+    def take(self, inversion: Inversion) -> Remedy:
+        """Form products with what `invert` returned, here or in another process."""
+        if inversion.tensors:
+            self._refreshed, self._refreshed_scale = inversion.tensors, self.scale(self.means())
             self._growth = 1.0
             self._curvature_share = None
-        return inverted is not None
+            self._diagonal = inversion.remedy is Remedy.DIAGONAL
+        return inversion.remedy
+
+    def note(self) -> str:
+        """Whether there was no other way than to keep a diagonal."""
+        return "; its diagonal only, since it could not be factorized" if self._diagonal else ""
 
     def numel(self) -> int:
         """Averages, and what the last refresh made of them."""

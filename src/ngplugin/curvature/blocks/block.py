@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.products import Products
 from ngplugin.curvature.spectrum import Spectrum
@@ -98,12 +99,8 @@ class Block(ABC):
         """Of the average, undamped: tr(F/Σw) / number of parameters; a scalar."""
 
     @abstractmethod
-    def refresh(self, damping: BlockDamping) -> bool:
-        """Invert the damped average.
-
-        Returns:
-            False if the factorization failed; the old inverse is kept.
-        """
+    def refresh(self, damping: BlockDamping) -> Remedy:
+        """Invert the damped average; returns what it took."""
 
     def redamp(self, damping: BlockDamping) -> bool:
         """Change λ without a factorization.

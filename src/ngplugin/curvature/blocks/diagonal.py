@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks.averaged import AveragedBlock
+from ngplugin.curvature.blocks.averaged import AveragedBlock, Inversion
 from ngplugin.curvature.blocks.block import (
     BlockDamping,
     GradientBlock,
@@ -17,6 +17,7 @@ from ngplugin.curvature.blocks.block import (
     rounding,
 )
 from ngplugin.curvature.blocks.factor import DiagonalFactor
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 
@@ -55,8 +56,8 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
         """Of the diagonal."""
         return means["F"].mean()
 
-    def invert(self, damping: BlockDamping) -> dict[str, Tensor]:
-        """Take over the average, and damp it.
+    def _invert(self, damping: BlockDamping, diagonal: bool) -> Inversion:
+        """Take over the average, and damp it, which cannot fail.
 
         `"relative"`: (λ + γ/n) max(mean(diag F), floor), with n the number of statistics in the
         average: the square of a single draw is near zero by chance for many an element, which must
@@ -73,11 +74,11 @@ class DiagonalBlock(AveragedBlock, GradientBlock):
             added = (damping.value + damping.sampling / n) * unit
         else:
             added = damping.value * F.new_ones(())
-        return DiagonalFactor(F, added.reshape(1, 1, 1), F.shape[1]).named("F")
+        return Inversion(DiagonalFactor(F, added.reshape(1, 1, 1), F.shape[1]).named("F"))
 
     def redamp(self, damping: BlockDamping) -> bool:
         """A diagonal has no factorization to save."""
-        return self.refresh(damping)
+        return self.refresh(damping) is Remedy.NONE
 
     def precondition(
         self, gradients: Sequence[Tensor], curved: bool = True

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ngplugin.curvature.average import RunningAverage
-from ngplugin.curvature.blocks.block import BlockDamping, finite
+from ngplugin.curvature.blocks.averaged import Inversion
+from ngplugin.curvature.blocks.block import BlockDamping
 from ngplugin.curvature.blocks.kronecker import KroneckerBlock
-from ngplugin.curvature.blocks.symmetric import is_diagonal
+from ngplugin.curvature.blocks.symmetric import diagonal_of, is_diagonal
+from ngplugin.curvature.factorization import Remedy, eigh
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.ranks import mean_over_ranks_
 from ngplugin.curvature.spectrum import Spectrum, spectrum
@@ -65,12 +67,15 @@ class EigenBlock(KroneckerBlock):
             mean_over_ranks_([self._averages["M"].sum])
             self._refreshed.update(self._damped(self._refreshed))
 
-    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+    def _invert(self, damping: BlockDamping, diagonal: bool) -> Inversion | None:
         """Find the eigenvectors, take M over to them, and damp it; see `_damped`."""
         A, G = self.averaged_factors()
         if not G.any():
-            return {}
-        eigen_A, eigen_G = eigenvectors(A), eigenvectors(G)
+            return Inversion({})
+        if diagonal:
+            A, G = diagonal_of(A), diagonal_of(G)
+        eigen_A, A_remedy = eigenvectors(A)
+        eigen_G, G_remedy = eigenvectors(G)
         if eigen_A is None or eigen_G is None:
             return None
         (a, U_A), (g, U_G) = eigen_A, eigen_G
@@ -79,7 +84,8 @@ class EigenBlock(KroneckerBlock):
             M = carried(carried(self.average("M"), old_G, U_G).mT, old_A, U_A).mT
         else:
             M = g[:, :, None] * a[:, None, :]
-        return {"U_A": U_A, "U_G": U_G, "M": M, **self._settings(damping)}
+        tensors = {"U_A": U_A, "U_G": U_G, "M": M, **self._settings(damping)}
+        return Inversion(tensors, max(A_remedy, G_remedy))
 
     def work(self, damping: BlockDamping) -> Work:
         """Also of the rows along the eigenvectors, and of their squares' product."""
@@ -92,13 +98,14 @@ class EigenBlock(KroneckerBlock):
         """Of `eigh`; see docs/cost.md."""
         return 6 * size**3
 
-    def take(self, inverted: dict[str, Tensor] | None) -> bool:
+    def take(self, inversion: Inversion) -> Remedy:
         """Go on averaging M in the new basis."""
-        if inverted:
+        if inversion.tensors:
             self._averages.setdefault("M", RunningAverage())
-            self._averages["M"].replace(inverted["M"], like=self._averages["G"])
-            inverted = {**inverted, **self._damped(inverted)}
-        return super().take(inverted)
+            self._averages["M"].replace(inversion.tensors["M"], like=self._averages["G"])
+            damped = self._damped(inversion.tensors)
+            inversion = inversion._replace(tensors={**inversion.tensors, **damped})
+        return super().take(inversion)
 
     def _settings(self, damping: BlockDamping) -> dict[str, Tensor]:
         """What `_damped` has to know of the damping, `[group, 1, 1]` each."""
@@ -178,21 +185,15 @@ class EigenBlock(KroneckerBlock):
         return spectrum(M, (*M.aminmax(), *damped.aminmax()))
 
 
-def eigenvectors(X: Tensor) -> tuple[Tensor, Tensor] | None:
+def eigenvectors(X: Tensor) -> tuple[tuple[Tensor, Tensor] | None, Remedy]:
     """Eigenvalues `[group, d]` of each matrix, and eigenvectors as columns; None if it failed.
 
     Of a diagonal the eigenvectors are the axes, for which stand ones `[group, d]`.
     """
     if is_diagonal(X):
-        return X, torch.ones_like(X)
-    try:
-        eigenvalues, U = torch.linalg.eigh(X)
-    except RuntimeError:  # once more, on the CPU because not every device knows float64
-        try:
-            eigenvalues, U = (t.to(X) for t in torch.linalg.eigh(X.cpu().double()))
-        except RuntimeError:
-            return None
-    return (eigenvalues.clamp_min(0), U) if finite(U) else None
+        return (X, torch.ones_like(X)), Remedy.NONE
+    found, remedy = eigh(X)
+    return found and (found[0].clamp_min(0), found[1]), remedy
 
 
 def along(U: Tensor, M: Tensor) -> Tensor:
@@ -208,7 +209,10 @@ def carried(M: Tensor, old: Tensor, new: Tensor) -> Tensor:
         old: eigenvectors.
         new: eigenvectors.
     """
-    return M if is_diagonal(new) else (new.mT @ old).square() @ M
+    if is_diagonal(new):
+        return M
+    turned = new.mT if is_diagonal(old) else new.mT @ old
+    return turned.square() @ M
 
 
 def squared_gradients(a: Tensor, g: Tensor, U_A: Tensor, U_G: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from torch import Tensor
 from ngplugin.curvature.average import RunningAverage
 from ngplugin.curvature.blocks.block import Block, BlockDamping, finite
 from ngplugin.curvature.blocks.symmetric import eigenvalues
+from ngplugin.curvature.factorization import Remedy, factorized
 from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 _TILE = 128  # rows of a product of which only the lower triangle is wanted
-_MOST_RETRIES = 12  # each with ten times the damping
 _ROUNDING = 1e-10  # a share of the gradient below this is no more than rounding
 
 
@@ -70,6 +70,7 @@ class ExactBlock(Block):
         self._matrix: Tensor | None = None  # K or F, as of the last refresh
         self._factor: Tensor | None = None  # Cholesky factor of it, damped
         self._damping = 0.0
+        self._diagonal = False  # the factor, for want of one of the whole matrix
 
     @classmethod
     def made(cls, parameters: Sequence[Tensor], layout: dict[str, Any]) -> ExactBlock:
@@ -124,8 +125,11 @@ class ExactBlock(Block):
         squares = torch.stack([torch.linalg.vector_norm(rows).square() for rows in self._rows])
         return squares.sum() / (self.total_weight * self._size)
 
-    def refresh(self, damping: BlockDamping) -> bool:
-        """Factorize K + λ or F + λ; where that fails, with ten times the λ, and again."""
+    def refresh(self, damping: BlockDamping) -> Remedy:
+        """Factorize K + λ or F + λ; where nothing helps, the diagonal of either.
+
+        No old inverse is of this batch.
+        """
         if self._matrix is None:
             if self.kernel_side:
                 self._matrix = gram(self._rows).div_(self.total_weight)
@@ -134,17 +138,22 @@ class ExactBlock(Block):
         unit = 1.0
         if damping.mode == "relative":
             unit = max(float(self.mean_eigenvalue()), damping.floor)
-        self._damping = damping.value * unit
-        least = torch.finfo(self._matrix.dtype).eps * float(self._matrix.diagonal().max())
-        for retry in range(_MOST_RETRIES):
-            damped = self._matrix.clone()
-            damped.diagonal().add_(self._damping)
+        matrix = self._matrix
+
+        def compute(X: Tensor, added: Tensor) -> tuple[Tensor, Tensor] | None:
+            damped = X[0].clone()
+            damped.diagonal().add_(added[0, 0])
             factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed.any():
-                self._factor = factor
-                return retry == 0
-            self._damping = max(10 * self._damping, least)
-        return False
+            return None if failed.any() else (factor.to(matrix), added)
+
+        added = matrix.new_full((1, 1, 1), damping.value * unit)
+        found, remedy = factorized(compute, matrix[None], added)
+        if found is None:
+            diagonal = matrix.diagonal() + added[0, 0]
+            found, remedy = (diagonal.sqrt().diag(), added), Remedy.DIAGONAL
+        self._factor, self._damping = found[0], float(found[1])
+        self._diagonal = remedy is Remedy.DIAGONAL
+        return remedy
 
     # -- products --------------------------------------------------------------------------------
 
@@ -189,8 +198,9 @@ class ExactBlock(Block):
         if carried is not None:
             rho = rho - self._R(carried)
         z = self._solve(rho)
-        # K + λ as it acts, and not as it was rounded when K was formed.
-        z = z + self._solve(rho - self._R(self._RT(z)) - self._damping * z)
+        if not self._diagonal:
+            # K + λ as it acts, and not as it was rounded when K was formed.
+            z = z + self._solve(rho - self._R(self._RT(z)) - self._damping * z)
         direction = self._RT(z)
         if self.remainder > _ROUNDING and self._damping > 0:
             direction = direction + (rest - self._RT(self._solve(self._R(rest)))) / self._damping
@@ -239,6 +249,10 @@ class ExactBlock(Block):
             low = torch.zeros_like(low)
         extremes = (low, high, low + self._damping, high + self._damping)
         return spectrum(found, extremes, zeros=self._size - len(found))
+
+    def note(self) -> str:
+        """Whether there was no other way than to keep a diagonal."""
+        return "; its diagonal only, since it could not be factorized" if self._diagonal else ""
 
     def numel(self) -> int:
         """Rows; matrix and factor; on the dense side the average."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ngplugin.curvature.blocks.block import finite
 from ngplugin.curvature.blocks.symmetric import eigenvalues, is_diagonal
+from ngplugin.curvature.factorization import Remedy, factorized
 from ngplugin.curvature.products import Products, inverse_dtype, multiply
 
 
@@ -145,26 +146,33 @@ class DiagonalFactor(Factor):
         return replace(self, matrix=F.pad(self.matrix, (0, size - self.size)))
 
 
-def damped_factor(matrix: Tensor, damping: Tensor, products: Products = "full") -> Factor | None:
-    """Invert by Cholesky, in float64 if the first try fails; None if that fails too.
+def damped_factor(
+    matrix: Tensor, damping: Tensor, products: Products = "full"
+) -> tuple[Factor | None, Remedy]:
+    """Invert by Cholesky, and by `factorized` if that fails.
 
     Args:
         matrix: the factors, `[group, d, d]`, or their diagonals `[group, d]`.
         damping: to be added to the diagonals, `[group, 1, 1]`.
         products: in what they are to be multiplied.
+
+    Returns:
+        None if that fails too; of a diagonal it cannot.
     """
     if is_diagonal(matrix):
-        return DiagonalFactor(matrix, damping, matrix.shape[-1])
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed.any():  # once more, on the CPU because not every device knows float64
-        factor, failed = torch.linalg.cholesky_ex(damped.cpu().double())
+        return DiagonalFactor(matrix, damping, matrix.shape[-1]), Remedy.NONE
+
+    def compute(X: Tensor, added: Tensor) -> Factor | None:
+        damped = X.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(added.squeeze(-1))
+        root, failed = torch.linalg.cholesky_ex(damped)
         if failed.any():  # the inverse of a factor with a zero on its diagonal would raise
             return None
-    inverse = torch.cholesky_inverse(factor).to(matrix)
-    if not finite(inverse):
-        return None
-    # Row by row in memory, as products want it; LAPACK leaves it the other way round.
-    inverse = inverse.to(inverse_dtype(matrix, products)).contiguous()
-    return DenseFactor(matrix, damping, inverse, matrix.shape[-1])
+        inverse = torch.cholesky_inverse(root).to(matrix)
+        if not finite(inverse):
+            return None
+        # Row by row in memory, as products want it; LAPACK leaves it the other way round.
+        inverse = inverse.to(inverse_dtype(matrix, products)).contiguous()
+        return DenseFactor(matrix, added.to(matrix), inverse, matrix.shape[-1])
+
+    return factorized(compute, matrix, damping)

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks.averaged import AveragedBlock
+from ngplugin.curvature.blocks.averaged import AveragedBlock, Inversion
 from ngplugin.curvature.blocks.block import BlockDamping
 from ngplugin.curvature.blocks.factor import Factor, damped_factor
 from ngplugin.curvature.blocks.low_rank_factor import low_rank_factor, read_factor
 from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
-from ngplugin.curvature.blocks.symmetric import is_diagonal, mean_eigenvalue
+from ngplugin.curvature.blocks.symmetric import diagonal_of, is_diagonal, mean_eigenvalue
+from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.pace import Work
 from ngplugin.curvature.spectrum import Spectrum, counted, counted_products
 
@@ -43,7 +44,7 @@ class KroneckerProductBlock(AveragedBlock):
     def note(self) -> str:
         """Which factors are kept by their leading eigenvectors, since the last refresh."""
         sides = (("A", "inputs", self._layout.inputs), ("G", "outputs", self._layout.outputs))
-        return "".join(
+        return super().note() + "".join(
             f"; {side} {size:,} by {self._refreshed[f'{name}_basis'].shape[-1]} eigenvectors"
             for name, side, size in sides
             if f"{name}_basis" in self._refreshed
@@ -65,19 +66,24 @@ class KroneckerProductBlock(AveragedBlock):
         inputs, outputs = self._layout.inputs, self._layout.outputs
         return read_factor(self._refreshed, "A", inputs), read_factor(self._refreshed, "G", outputs)
 
-    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+    def _invert(self, damping: BlockDamping, diagonal: bool) -> Inversion | None:
         """Damp each factor and invert it, if any score has come this way yet."""
         A, G = self.averaged_factors()
         if not G.any():
-            return {}
+            return Inversion({})
+        if diagonal:
+            A, G = diagonal_of(A), diagonal_of(G)
         A_damping, G_damping = self._dampings(A, G, damping)
-        damped_A = self._inverted("A", A, A_damping, damping)
-        damped_G = self._inverted("G", G, G_damping, damping)
+        damped_A, A_remedy = self._inverted("A", A, A_damping, damping)
+        damped_G, G_remedy = self._inverted("G", G, G_damping, damping)
         if damped_A is None or damped_G is None:
             return None
-        return {**damped_A.padded(self._layout.columns).named("A"), **damped_G.named("G")}
+        tensors = {**damped_A.padded(self._layout.columns).named("A"), **damped_G.named("G")}
+        return Inversion(tensors, max(A_remedy, G_remedy))
 
-    def _inverted(self, name: str, X: Tensor, damping: Tensor, how: BlockDamping) -> Factor | None:
+    def _inverted(
+        self, name: str, X: Tensor, damping: Tensor, how: BlockDamping
+    ) -> tuple[Factor | None, Remedy]:
         size = X.shape[-1]
         rank = self._kept_rank(size, how)
         if is_diagonal(X) or rank is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ngplugin.curvature.blocks.block import finite
 from ngplugin.curvature.blocks.factor import DenseFactor, DiagonalFactor, Factor
 from ngplugin.curvature.blocks.symmetric import eigenvalues, is_diagonal, mean_eigenvalue
+from ngplugin.curvature.factorization import Remedy, factorized
 
 _FIRST_SWEEPS = 3  # of the iteration from random vectors; from those of the last refresh, one
 
@@ -86,8 +87,8 @@ class LowRankFactor(Factor):
 
 def low_rank_factor(
     X: Tensor, damping: Tensor, rank: int, start: Tensor | None
-) -> LowRankFactor | None:
-    """Find the leading eigenvectors by orthogonal iteration; None if that fails.
+) -> tuple[Factor | None, Remedy]:
+    """Find the leading eigenvectors by orthogonal iteration, and by `factorized` if that fails.
 
     Only the space that they span is wanted, not each of them: one sweep from that of the last
     refresh, since when the average has changed little, is enough.
@@ -98,6 +99,9 @@ def low_rank_factor(
         rank: r < d.
         start: Q of the last refresh, if there was one.
 
+    Returns:
+        None if that fails too.
+
     Source: Golub & Van Loan 2013, Matrix Computations, §8.2.4 (orthogonal iteration).
     """
     sweeps = 1
@@ -105,23 +109,28 @@ def low_rank_factor(
         sweeps = _FIRST_SWEEPS
         generator = torch.Generator().manual_seed(0)
         start = torch.randn(len(X), X.shape[-1], rank, generator=generator).to(X)
-    Q = start
-    for _ in range(sweeps):
-        Q = torch.linalg.qr(X @ Q)[0]
-    T = Q.mT @ (X @ Q)
-    T = (T + T.mT) / 2
-    size = X.shape[-1]
-    rest = (mean_eigenvalue(X) * size - mean_eigenvalue(T) * rank).clamp_min(0) / (size - rank)
-    damped = T.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(damping.squeeze(-1))
-    inverse, failed = torch.linalg.inv_ex(damped)
-    if failed.any():
-        return None
-    K = -(rest + damping) * inverse
-    K.diagonal(dim1=-2, dim2=-1).add_(1)
-    if not finite(Q, K, 1 / (rest + damping)):
-        return None
-    return LowRankFactor(T, damping, Q, rest, K, size)
+    first, size = start, X.shape[-1]
+
+    def compute(M: Tensor, added: Tensor) -> Factor | None:
+        Q = first.to(M)
+        for _ in range(sweeps):
+            Q = torch.linalg.qr(M @ Q)[0]
+        T = Q.mT @ (M @ Q)
+        T = (T + T.mT) / 2
+        rest = (mean_eigenvalue(M) * size - mean_eigenvalue(T) * rank).clamp_min(0) / (size - rank)
+        damped = T.clone()
+        damped.diagonal(dim1=-2, dim2=-1).add_(added.squeeze(-1))
+        inverse, failed = torch.linalg.inv_ex(damped)
+        if failed.any():
+            return None
+        K = -(rest + added) * inverse
+        K.diagonal(dim1=-2, dim2=-1).add_(1)
+        T, added, Q, rest, K = (t.to(X) for t in (T, added, Q, rest, K))
+        if not finite(Q, K, 1 / (rest + added)):
+            return None
+        return LowRankFactor(T, added, Q, rest, K, size)
+
+    return factorized(compute, X, damping)
 
 
 def read_factor(tensors: Mapping[str, Tensor], name: str, size: int) -> Factor:

@@ -36,6 +36,11 @@ def eigenvalues(M: Tensor) -> Tensor:
     return found.clamp_min(0)
 
 
+def diagonal_of(M: Tensor) -> Tensor:
+    """`[group, d]`, a new tensor."""
+    return M if is_diagonal(M) else M.diagonal(dim1=-2, dim2=-1).clone()
+
+
 def mean_eigenvalue(M: Tensor) -> Tensor:
     """tr M / d of each matrix, `[group, 1, 1]`."""
     diagonal = M if is_diagonal(M) else M.diagonal(dim1=-2, dim2=-1)

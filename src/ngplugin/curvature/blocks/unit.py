@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ngplugin.curvature.blocks.averaged import AveragedBlock
+from ngplugin.curvature.blocks.averaged import AveragedBlock, Inversion
 from ngplugin.curvature.blocks.block import BlockDamping, GradientBlock
 from ngplugin.curvature.blocks.factor import Factor, damped_factor
 from ngplugin.curvature.blocks.low_rank_factor import read_factor
-from ngplugin.curvature.blocks.symmetric import mean_eigenvalue
+from ngplugin.curvature.blocks.symmetric import diagonal_of, mean_eigenvalue
 from ngplugin.curvature.spectrum import Spectrum, spectrum
 
 
@@ -45,7 +45,7 @@ class UnitBlock(AveragedBlock, GradientBlock):
         """Of all features."""
         return means["F"].mean()
 
-    def invert(self, damping: BlockDamping) -> dict[str, Tensor] | None:
+    def _invert(self, damping: BlockDamping, diagonal: bool) -> Inversion | None:
         """Damp each feature's matrix and invert it.
 
         `"relative"`: λ times the mean eigenvalue of all features, or the floor, and to each
@@ -60,8 +60,8 @@ class UnitBlock(AveragedBlock, GradientBlock):
             added = damping.value * mean + damping.sampling * 2 / n * own
         else:
             added = torch.full_like(own, damping.value)
-        factor = damped_factor(F, added)
-        return None if factor is None else factor.named("F")
+        factor, remedy = damped_factor(diagonal_of(F) if diagonal else F, added)
+        return None if factor is None else Inversion(factor.named("F"), remedy)
 
     def precondition(
         self, gradients: Sequence[Tensor], curved: bool = True

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ngplugin.curvature.factorization import eigh
 from ngplugin.curvature.likelihoods.likelihood import random_signs
 from ngplugin.curvature.likelihoods.loss_call import fixed, widened
 
@@ -210,8 +211,9 @@ def _with_empirical(group: Rows, g: Tensor, scale: float) -> tuple[Rows, Tensor,
         else:
             g0 = torch.where(straight[:, None], g0, 0.0)
             H = torch.diag_embed(values) + kappa * g0[:, :, None] * g0[:, None, :]
-            values, turned = torch.linalg.eigh(H)
-            values, vectors = _positive(values), vectors @ turned
+            found, _ = eigh(H)
+            if found is not None:
+                values, vectors = _positive(found[0]), vectors @ found[1]
     return replace(group, values=values, vectors=vectors), slope > 0, rest > 0.5 * slope
 
 
@@ -245,9 +247,9 @@ class _Products:
         rows, features = joined[0].shape
         if features <= _MOST_FEATURES and rows * features**3 <= _MOST_EIGEN:
             H = self._full(members, widths, rows)
-            if H is not None:
-                values, vectors = torch.linalg.eigh(H)
-                return _positive(values), vectors
+            found = None if H is None else eigh(H)[0]
+            if found is not None:
+                return _positive(found[0]), found[1]
         for _ in range(_PROBES - len(self._probes)):
             vs = self._signs(members)
             hs = self._times(vs)
