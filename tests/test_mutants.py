@@ -74,19 +74,19 @@ def test_one_of_each_function_of_tests_comes_first_and_others_have_a_limit():
 
 PROGRAM = """
 import json
+import sys
 from experiments.mutants.__main__ import PACKAGE, collected
 from experiments.mutants.mutations import mutants
 
 path = PACKAGE / "trust_region.py"
 test = "tests/test_trust_region.py::test_the_radius_follows_the_schedule_squared"
-found = {}
+found, wanted = {}, json.loads(sys.argv[1])
 
 def work(trials):
     lines = trials.lines([str(path)], [*trials.items])
     found["lines"] = lines[test]["lines"][str(path)]
     for mutant in mutants(path.read_text()):
-        if mutant.name.startswith(("TrustRegion.radius: return float(self._kl_radius * sch",
-                                   "TrustRegion.room: return m", "module: _LARGE", "module: _AIM = [2")):
+        if mutant.name in wanted:
             found[mutant.name] = trials.killer(str(path), mutant.code, [*trials.items], 1.0)
 
 collected(work, "tests/test_trust_region.py", "-k", "radius_follows or two_thirds or no_trust")
@@ -94,26 +94,31 @@ print(json.dumps(found))
 """
 
 
-def test_mutants_of_functions_properties_and_constants_are_found_by_the_tests_of_them():
+SQUARED = "tests/test_trust_region.py::test_the_radius_follows_the_schedule_squared"
+CUT = (
+    "tests/test_trust_region.py::"
+    "test_a_measurement_within_the_radius_passes_and_beyond_is_cut_to_two_thirds_of_it"
+)
+KILLERS = {
+    "TrustRegion.radius: return float(self._kl_radius * schedule ** [2⇒3])": SQUARED,
+    "TrustRegion.room: return math.sqrt(_AIM * self.radius(schedule) [/⇒*] measured)": CUT,
+    "TrustRegion.ratio: return [1⇒2].0 if self._log_ratio is None else max(1…": None,
+    "module: _AIM = [2⇒3] / 3": CUT,
+    "module: _LARGE = 0.[05⇒1]": None,  # these tests have no such radius
+}
+
+
+def test_mutants_of_functions_and_of_constants_are_killed_by_the_tests_of_them():
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+        [sys.executable, "-c", PROGRAM, json.dumps([*KILLERS])],
+        cwd=REPOSITORY, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
-    assert "lines" in found, done.stdout + done.stderr
     source = Path(REPOSITORY, "src/ngplugin/trust_region.py").read_text().splitlines()
     ran = [source[line - 1].strip() for line in found.pop("lines")]
     assert "return float(self._kl_radius * schedule**2)" in ran
     assert "return 1.0 if expected <= aim else math.sqrt(aim / expected)" not in ran
-    squared = "tests/test_trust_region.py::test_the_radius_follows_the_schedule_squared"
-    cut = (
-        "tests/test_trust_region.py::"
-        "test_a_measurement_within_the_radius_passes_and_beyond_is_cut_to_two_thirds_of_it"
-    )
-    assert found["TrustRegion.radius: return float(self._kl_radius * schedule ** [2⇒3])"] == squared
-    room = "TrustRegion.room: return math.sqrt(_AIM * self.radius(schedule) [/⇒*] measured)"
-    assert found[room] == cut
-    assert found["module: _AIM = [2⇒3] / 3"] == cut
-    assert found["module: _LARGE = 0.[05⇒1]"] is None  # none of these tests has such a radius
+    assert found == KILLERS
 
 
 def test_what_is_explained_is_among_the_survivors_and_numbers_add_up():

@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +30,8 @@ from experiments.mutants.trial import Trials, in_order
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "ngplugin"
-TARGETS = ("trust_region.py", "damping.py", "curvature/likelihoods/*.py", "curvature/blocks/*.py")
+TARGETS = ("trust_region.py", "damping.py", "curvature/factorization.py",
+           "curvature/likelihoods/*.py", "curvature/blocks/*.py")  # fmt: skip
 STEP = ("trust_region", "damping", "kl", "measured_kl", "step_sizes", "optimizer", "options",
         "nat_worth", "solver", "layer_balance", "scale")  # fmt: skip
 #: Tests whose lines are asked for; those of trainers and programs take too long.
@@ -46,6 +48,8 @@ FIRST = {
 }
 KEPT = ROOT / "build" / "mutants"
 RESULTS = ROOT / "experiments" / "results" / "mutants.json"
+PAGE = ROOT / "docs" / "inside.md"
+COLUMNS = ("made", "tried", "killed", "timeouts", "survived", "explained")
 EXPLAINED = Path(__file__).with_name("explained.yaml")
 
 
@@ -85,11 +89,12 @@ def keep(path: Path, key: str, found: dict[str, Any]) -> None:
 
 
 def lines_of_tests(trials: Trials) -> dict[str, Any]:
-    """Lines of the core that every test runs, and its seconds; by files of tests, as they change."""
+    """Lines of the core that every test runs, and its seconds; anew for files that changed."""
     core, found = sources(), {}
-    for file in sorted({name.split("::")[0] for name in trials.items}):
+    files = sorted({name.split("::")[0] for name in trials.items})
+    keys = {file: digest(*core, ROOT / file) for file in files}  # as they were collected
+    for file, key in keys.items():
         place = KEPT / "lines" / f"{Path(file).stem}.json"
-        key = digest(*core, ROOT / file)
         lines = kept(place, key)
         if not lines:
             print("lines of", file, flush=True)
@@ -132,7 +137,9 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
     report(path, {mutant.name for mutant in all_of_it}, outcomes, explained)
 
 
-def report(path: Path, names: set[str], outcomes: dict[str, str], explained: dict[str, str]) -> None:
+def report(
+    path: Path, names: set[str], outcomes: dict[str, str], explained: dict[str, str]
+) -> None:
     """Write the numbers of a file."""
     count = Counter(
         "survived" if not killer else "timeouts" if killer == "timeout" else "killed"
@@ -147,11 +154,23 @@ def report(path: Path, names: set[str], outcomes: dict[str, str], explained: dic
         "explained": sum(why is not None for why in survivors.values()),
         "survivors": {name: survivors[name] for name in sorted(survivors)},
     }
-    RESULTS.write_text(json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False) + "\n")
+    RESULTS.write_text(
+        json.dumps(dict(sorted(results.items())), indent=1, ensure_ascii=False) + "\n"
+    )
     for name in explained.keys() - survivors.keys():
         print(f"{short(path)}: explained, but no survivor: {name}")
-    numbers = {key: value for key, value in results[short(path)].items() if key != "survivors"}
-    print(f"{short(path)}: {numbers}", flush=True)
+    page = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(re.sub(r"\| file \|.*?\n\n", f"{table(results)}\n\n", page, flags=re.DOTALL))
+    print(table({short(path): results[short(path)]}), flush=True)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown, a row for each file."""
+    lines = [f"| file | {' | '.join(COLUMNS)} |", "|---|" + "--:|" * len(COLUMNS)]
+    for path, found in results.items():
+        lines.append(f"| `{path}` | {' | '.join(str(found[name]) for name in COLUMNS)} |")
+    total = " | ".join(str(sum(found[name] for found in results.values())) for name in COLUMNS)
+    return "\n".join([*lines, f"| together | {total} |"])
 
 
 def collected(work: Callable[[Trials], None], *arguments: str) -> None:
@@ -164,7 +183,9 @@ def collected(work: Callable[[Trials], None], *arguments: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run; the number of survivors without an explanation decides the exit status."""
     parser = argparse.ArgumentParser(prog="python -m experiments.mutants", description=__doc__)
-    parser.add_argument("--only", nargs="*", default=(), help="files or folders: trust_region, blocks")
+    parser.add_argument(
+        "--only", nargs="*", default=(), help="files or folders: trust_region, blocks"
+    )
     parser.add_argument("--sample", type=int, help="so many mutants of each file, chosen at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--seconds", type=float, default=20, help="most for the tests of a mutant")

@@ -194,9 +194,11 @@ def _head(statement: ast.AST) -> str:
 
 def _difference(was: str, now: str) -> str:
     """`self._next = step [+⇒-] self._interval`."""
-    start = next((i for i, (a, b) in enumerate(zip(was, now)) if a != b), min(len(was), len(now)))
-    rest = min(len(was), len(now)) - start
+    shorter = min(len(was), len(now))
+    start = next((i for i in range(shorter) if was[i] != now[i]), shorter)
+    rest = shorter - start
     end = next((i for i in range(rest) if was[-1 - i] != now[-1 - i]), rest)
-    middle = f"[{was[start : len(was) - end]}⇒{now[start : len(now) - end]}]"
     head, tail = was[:start], was[len(was) - end :]
-    return f"{'…' if len(head) > 60 else ''}{head[-60:]}{middle}{tail[:40]}{'…' if len(tail) > 40 else ''}"
+    head = head if len(head) <= 60 else "…" + head[-60:]
+    tail = tail if len(tail) <= 40 else tail[:40] + "…"
+    return f"{head}[{was[start : len(was) - end]}⇒{now[start : len(now) - end]}]{tail}"

@@ -16,7 +16,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
@@ -25,6 +24,7 @@ import pytest
 _PLAIN = (bool, int, float, tuple)  # what constants are
 _PATIENCE = 3  # times what the tests took before, and
 _GRACE = 20  # seconds
+_CALLS = 20  # of a function in one test, after which its lines are no longer looked at
 
 
 class Trials:
@@ -103,7 +103,7 @@ class Trials:
     def _run(self, tests: Sequence[str]) -> Iterator[str]:
         """Run one after the other, each time yielding its name."""
         items = [self.items[name] for name in tests]
-        for item, following in zip(items, [*items[1:], None]):
+        for item, following in zip(items, [*items[1:], None], strict=True):
             self._failed = ""
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             yield item.nodeid
@@ -117,10 +117,15 @@ class Trials:
 
     def _traced(self, files: set[str], tests: Sequence[str]) -> dict[str, Any]:
         seen: set[tuple[str, int]] = set()
+        calls: Counter[CodeType] = Counter()
 
         def trace(frame: FrameType, event: str, argument: Any) -> Any:
             if frame.f_code.co_filename not in files:
                 return None
+            if event == "call":
+                calls[frame.f_code] += 1
+                if calls[frame.f_code] > _CALLS:
+                    return None
             seen.add((frame.f_code.co_filename, frame.f_lineno))
             return trace
 
@@ -135,6 +140,7 @@ class Trials:
                     lines.setdefault(file, []).append(line)
                 found[name] = {"seconds": time.process_time() - start, "lines": lines}
             seen.clear()
+            calls.clear()
             start = time.process_time()
             sys.settrace(trace)
         sys.settrace(None)

@@ -4,6 +4,7 @@
 the natural parameters are the objective's own.
 """
 
+import inspect
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ngplugin.curvature.likelihoods import read_loss_call
+from ngplugin.curvature.likelihoods.loss_calls import _READERS
 from tests.oracle import assert_mean_is, generator, observe, output_fisher, randn
 
 REDUCTIONS = ["none", "mean", "sum"]
@@ -199,6 +201,18 @@ def test_dense_targets_over_many_dimensions_are_read_term_by_term():
     assert len(weights) == 8
     torch.testing.assert_close(call.target, y.reshape(-1))
     torch.testing.assert_close(call.likelihood().natural[1], z[0, :, 0, 1])
+
+
+@pytest.mark.parametrize("function", _READERS, ids=lambda function: function.__name__)
+def test_arguments_have_the_names_the_order_and_the_defaults_of_torch(function):
+    wanted, ours = (
+        {name: p.default for name, p in inspect.signature(f).parameters.items()}
+        for f in (function, _READERS[function])
+    )
+    ours.pop("name", None)  # what the loss is called here
+    shared = {name: ours[name] for name in wanted}  # `weight` is younger than torch 2.6
+    assert [*shared.items()] == [*wanted.items()]
+    assert [name for name in ours if name in wanted] == [*wanted]
 
 
 def test_arguments_may_be_named():
