@@ -134,11 +134,12 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
         if not killer:
             print(f"{short(path)}:{mutant.lines[0]}: {mutant.name}", flush=True)
         keep(place, key, outcomes)
-    report(path, {mutant.name for mutant in all_of_it}, outcomes, explained)
+    names = {mutant.name for mutant in all_of_it}
+    report(path, len(names), {name: outcomes[name] for name in names & outcomes.keys()}, explained)
 
 
 def report(
-    path: Path, names: set[str], outcomes: dict[str, str], explained: dict[str, str]
+    path: Path, made: int, outcomes: dict[str, str], explained: dict[str, str]
 ) -> None:
     """Write the numbers of a file."""
     count = Counter(
@@ -148,7 +149,7 @@ def report(
     survivors = {name: explained.get(name) for name, killer in outcomes.items() if not killer}
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[short(path)] = {
-        "made": len(names),
+        "made": made,
         "tried": len(outcomes),
         **{kind: count[kind] for kind in ("killed", "timeouts", "survived")},
         "explained": sum(why is not None for why in survivors.values()),

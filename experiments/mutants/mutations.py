@@ -163,9 +163,9 @@ def _number(node: ast.Constant) -> Iterator[ast.Constant]:
 def _left_out(node: ast.AST) -> bool:
     """Whether it can be without this statement, and would not fail for want of a name."""
     if isinstance(node, ast.Assign):
-        target = node.targets[0]
-        names = {n.id for n in ast.walk(node.value) if isinstance(n, ast.Name)}
-        return not isinstance(target, ast.Name) or target.id in names
+        names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+        made, used = ({n.id for n in names if isinstance(n.ctx, c)} for c in (ast.Store, ast.Load))
+        return made <= used
     called = isinstance(node, ast.Expr) and not isinstance(node.value, (ast.Constant, ast.Yield))
     return called or isinstance(node, (ast.AugAssign, ast.Raise, ast.Continue, ast.Break))
 

@@ -186,8 +186,10 @@ def transplant(path: str, code: CodeType, functions: Sequence[FunctionType]) -> 
     for function in [f for f in functions if f.__globals__ is vars(module)]:
         other = changed.get(function.__qualname__)
         if other is not None:
-            if len(function.__code__.co_freevars) == len(other.__code__.co_freevars):
-                function.__code__ = other.__code__
+            own = other.__code__
+            if not own.co_freevars:  # with `super()` left out there is none any more
+                own = own.replace(co_freevars=function.__code__.co_freevars)
+            function.__code__ = own
             function.__defaults__ = other.__defaults__
             function.__kwdefaults__ = other.__kwdefaults__
     names = {name for name, value in vars(new).items() if isinstance(value, _PLAIN)}
