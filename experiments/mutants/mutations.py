@@ -109,6 +109,8 @@ def _places(node: ast.AST, scope: str, statement: ast.stmt | None) -> Iterator[t
                 continue
             if "abstractmethod" in map(ast.unparse, getattr(child, "decorator_list", ())):
                 continue
+            if any("Enum" in ast.unparse(base) for base in getattr(child, "bases", ())):
+                continue
             yield scope, own, node, field, index if isinstance(value, list) else None, child
             silent = isinstance(child, ast.Raise) or "warn" in ast.unparse(child).split("(")[0]
             negative = isinstance(child, ast.UnaryOp) and isinstance(child.operand, ast.Constant)

@@ -418,6 +418,52 @@ def test_every_term_draws_its_own_label_however_the_argument_broadcasts(batch, s
 # -- through the observer ----------------------------------------------------------------------
 
 
+class Doubled(D.Transform):
+    """A user's own, which is equal to nothing but itself."""
+
+    domain = codomain = D.constraints.real
+    bijective = True
+
+    def _call(self, x):
+        return 2 * x
+
+    def _inverse(self, y):
+        return y / 2
+
+    def log_abs_det_jacobian(self, x, y):
+        return torch.full_like(x, 2.0).log()
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+def test_a_kl_that_takes_transforms_to_be_the_same_is_exact_where_they_hold_nothing(cache_size):
+    mean, moved = randn(5).requires_grad_(), randn(5, seed=1)
+    observed = D.TransformedDistribution(D.Normal(mean, 1.0), [Doubled(cache_size)])
+    call = replace(read_log_prob(observed, moved), shape=torch.Size([5]))
+    kl = call.likelihood().kl(call.likelihood((moved,)))
+    exact = D.kl_divergence(D.Normal(mean, 1.0), D.Normal(moved, 1.0))
+    # One that caches is copied, and two copies are not the same: then it is estimated.
+    assert torch.equal(kl, exact) == (cache_size == 0)
+
+
+class Keyed(D.Normal):
+    """A user's own, which keeps its tensors in a dictionary."""
+
+    def __init__(self, mean):
+        self.table = {"mean": mean}
+        super().__init__(mean.detach(), 1.0)
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.table["mean"]).square()
+
+
+def test_tensors_in_a_dictionary_are_found_and_replaced():
+    mean, moved = randn(5).requires_grad_(), randn(5, seed=1)
+    call = read_log_prob(Keyed(mean), moved)
+    assert call.predictions == (mean,)
+    assert not call.likelihood((moved,)).nll(moved).any()
+    torch.testing.assert_close(call.likelihood().nll(moved), 0.5 * (moved - mean).square())
+
+
 def test_only_the_outermost_log_prob_counts():
     m = nn.Parameter(randn(4, 2))
     for make in (
