@@ -88,20 +88,28 @@ def keep(path: Path, key: str, found: dict[str, Any]) -> None:
     path.write_text(json.dumps({"key": key, "found": found}, indent=0, ensure_ascii=False))
 
 
-def lines_of_tests(trials: Trials) -> dict[str, Any]:
-    """Lines of the core that every test runs, and its seconds; anew for files that changed."""
-    core, found = sources(), {}
+def lines_of_tests(trials: Trials, fresh: bool) -> dict[str, Any]:
+    """Lines of the core that every test runs, by their text, and its seconds.
+
+    They are found anew for files of tests that changed. To be known by their text leaves them as
+    they are where only others were edited.
+    """
     files = sorted({name.split("::")[0] for name in trials.items})
-    keys = {file: digest(*core, ROOT / file) for file in files}  # as they were collected
+    keys = {file: digest(ROOT / file) for file in files}  # as they were collected
+    texts = {str(path): path.read_text(encoding="utf-8").splitlines() for path in sources()}
+    found = {}
     for file, key in keys.items():
         place = KEPT / "lines" / f"{Path(file).stem}.json"
-        lines = kept(place, key)
-        if not lines:
+        tests = {} if fresh else kept(place, key)
+        if not tests:
             print("lines of", file, flush=True)
             own = [name for name in trials.items if name.startswith(file + "::")]
-            lines = trials.lines([str(path) for path in core], own)
-            keep(place, key, lines)
-        found.update(lines)
+            for name, run in trials.lines([*texts], own).items():
+                lines = {p: {texts[p][n - 1].strip() for n in ns} for p, ns in run["lines"].items()}
+                by_file = {short(Path(path)): sorted(lines[path]) for path in lines}
+                tests[name] = {"seconds": run["seconds"], "lines": by_file}
+            keep(place, key, tests)
+        found.update(tests)
     return found
 
 
@@ -114,17 +122,18 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
     all_of_it = [*mutants(path.read_text(encoding="utf-8"))]
     if options.sample:
         random.Random(options.seed).shuffle(all_of_it)
-    running: dict[int, list[str]] = {}
+    running: dict[str, list[str]] = {}
     for name, run in tests.items():
-        for line in run["lines"].get(str(path), ()):
+        for line in run["lines"].get(short(path), ()):
             running.setdefault(line, []).append(name)
+    text = path.read_text(encoding="utf-8").splitlines()
     for mutant in all_of_it[: options.sample]:
         outcome = outcomes.get(mutant.name)
         if outcome or (outcome == "" and mutant.name in explained and not options.again):
             continue
-        lines = range(mutant.lines[0], mutant.lines[1] + 1)
-        names = {name for line in lines for name in running.get(line, ())}
-        # What runs when the file is imported concerns every test of the file.
+        lines = text[mutant.lines[0] - 1 : mutant.lines[1]]
+        names = {name for line in lines for name in running.get(line.strip(), ())}
+        # What runs when the file is imported, or is new, concerns every test of the file.
         names = names or {name for own in running.values() for name in own}
         seconds = {name: tests[name]["seconds"] for name in names}
         order = in_order(seconds, FIRST.get(path.stem, ()), options.seconds)
@@ -138,9 +147,7 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
     report(path, len(names), {name: outcomes[name] for name in names & outcomes.keys()}, explained)
 
 
-def report(
-    path: Path, made: int, outcomes: dict[str, str], explained: dict[str, str]
-) -> None:
+def report(path: Path, made: int, outcomes: dict[str, str], explained: dict[str, str]) -> None:
     """Write the numbers of a file."""
     count = Counter(
         "survived" if not killer else "timeouts" if killer == "timeout" else "killed"
@@ -195,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
 
     def work(trials: Trials) -> None:
-        tests = lines_of_tests(trials)
+        tests = lines_of_tests(trials, options.fresh)
         print(f"{len(tests)} of {len(trials.items)} tests pass", flush=True)
         for path in sources(options.only):
             try_file(trials, path, tests, options)

@@ -147,7 +147,11 @@ def _changed(node: ast.AST, parent: ast.AST, field: str) -> Iterator[ast.AST]:
         owned = isinstance(node.func.value, ast.Call) and ast.unparse(node.func.value) == "super()"
         if node.func.attr not in _SILENT and not owned:
             yield node.func.value
-    if isinstance(node, ast.Return) and node.value and ast.unparse(node.value) != "None":
+    if (
+        isinstance(node, ast.Return)
+        and node.value
+        and ast.unparse(node.value) not in ("None", "False")
+    ):
         yield _with(node, value=ast.Constant(None))
     if _left_out(node):
         yield ast.copy_location(ast.Pass(), node)

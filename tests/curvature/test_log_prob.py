@@ -369,6 +369,8 @@ def test_kl_is_that_of_torch_distributions(name):
     other = CASES[name][1](leaf.detach() + step)
     ours = call.likelihood().kl(call.likelihood(moved(name, call, step)))
     torch.testing.assert_close(ours, D.kl_divergence(distribution, other).detach())
+    with torch.no_grad():  # some are made of derivatives
+        assert not call.likelihood().kl(call.likelihood(moved(name, call, step))).requires_grad
 
 
 @pytest.mark.parametrize("name", ESTIMATED)
