@@ -201,7 +201,11 @@ def transplant(path: str, code: CodeType, functions: Sequence[FunctionType]) -> 
         setattr(module, name, vars(new)[name])
     for name, kind in vars(new).items():
         if isinstance(kind, type) and kind.__module__ == module.__name__:
+            own = getattr(module, name)
+            if isinstance(vars(kind).get("__init__"), FunctionType):  # maybe a dataclass's
+                vars(own)["__init__"].__defaults__ = vars(kind)["__init__"].__defaults__
             for attribute, value in vars(kind).items():
-                if isinstance(value, _PLAIN) and not attribute.startswith("__"):
-                    setattr(getattr(module, name), attribute, value)
+                plain = isinstance(value, _PLAIN) and not attribute.startswith("__")
+                if plain and value != vars(own)[attribute]:
+                    setattr(own, attribute, value)
     return True

@@ -1,5 +1,7 @@
 """Damped inverses, products and eigenvalues against dense linear algebra."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from ngplugin.curvature.blocks import (
     BlockDamping,
     DiagonalBlock,
     EigenBlock,
+    ExactBlock,
     GradientKroneckerBlock,
     HalfDiagonalBlock,
     KroneckerBlock,
@@ -266,6 +269,16 @@ def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
     torch.testing.assert_close(flat(product), flat(block.product(direction)))
 
 
+def test_what_was_nothing_at_the_refresh_is_not_said_to_have_grown():
+    block = DiagonalBlock(nn.Parameter(randn(3)))
+    for score in (torch.zeros(3).double(), randn(3)):
+        block.add_gradient_scores([score], 1.0)
+        assert block.fold(1.0, 0.5)
+        if not score.any():
+            block.refresh(BlockDamping(0.1))
+    assert block.growth == 1
+
+
 @every_block
 def test_a_statistic_that_is_not_finite_is_dropped(name):
     block = BLOCKS[name]()
@@ -344,6 +357,35 @@ def test_blocks_of_bfloat16_parameters_are_kept_in_float32():
     assert block.factors[0].matrix.dtype == torch.float32
     (direction,), _ = block.precondition([torch.randn(3, 5).bfloat16()])
     assert direction.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "block", [DiagonalBlock, UnitBlock, GradientKroneckerBlock], ids=lambda kind: kind.kind
+)
+def test_directions_have_the_precision_of_their_parameters(block):
+    size = (2, 3) if block is not UnitBlock else (3,)
+    count = 1 + (block is UnitBlock)
+    parameters = [nn.Parameter(torch.randn(size).bfloat16()) for _ in range(count)]
+    made = block(*parameters)
+    made.add_gradient_scores([torch.randn(size).bfloat16() for _ in parameters], 1.0)
+    made.fold(1.0, 0.0)
+    made.refresh(BlockDamping(0.1))
+    for tensors in (*made.precondition(parameters), made.product(parameters)):
+        assert [t.dtype for t in tensors] == [torch.bfloat16] * len(parameters)
+
+
+def test_damping_is_by_default_relative_without_more_for_small_samples_or_small_blocks():
+    default = BlockDamping(0.1)
+    assert default == BlockDamping(0.1, "relative", 0.0, 0.0, "full", math.inf, 64)
+    assert diagonal().note() == ""
+    assert ExactBlock([nn.Parameter(randn(3))]).growth == 1
+
+
+def test_each_process_averages_statistics_of_its_own(monkeypatch):
+    block = diagonal()
+    alone = block.effective_count("F")
+    monkeypatch.setattr("ngplugin.curvature.blocks.averaged.ranks", lambda: 4)
+    assert block.effective_count("F") == 4 * alone
 
 
 def test_the_numbers_kept_are_counted():
