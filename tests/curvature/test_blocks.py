@@ -17,6 +17,8 @@ from ngplugin.curvature.blocks import (
     UnitBlock,
 )
 from ngplugin.curvature.blocks.block import rounding
+from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
+from ngplugin.curvature.blocks.symmetric import diagonal_of, eigenvalues
 from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.spectrum import counted
 from ngplugin.curvature.taps import read_map_call
@@ -359,6 +361,23 @@ def test_blocks_of_bfloat16_parameters_are_kept_in_float32():
     assert direction.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("use", ["looked up", "multiplied"])
+def test_rows_count_whose_score_is_not_all_zero(use):
+    weight = nn.Parameter(randn(6, 3))
+    block = HalfDiagonalBlock(weight)
+    if use == "looked up":
+        call = read_map_call(F.embedding, (torch.tensor([4, 1, 2]), weight), {})
+        score = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]).double()
+    else:
+        call = read_map_call(F.linear, (randn(3, 3), weight), {})
+        score = torch.eye(6)[:3].double() * torch.tensor([[1.0], [0.0], [2.0]])
+    block.add_map_score(call, score, 1.0)
+    assert block.fold(1.0, 0.0)
+    assert block.average(f"{use} rows") == 2
+    v = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0] if use == "looked up" else [1.0, 0.0, 4.0, 0.0, 0.0, 0.0]
+    assert block.average(f"{use} v")[0].tolist() == v
+
+
 @pytest.mark.parametrize(
     "block", [DiagonalBlock, UnitBlock, GradientKroneckerBlock], ids=lambda kind: kind.kind
 )
@@ -379,6 +398,33 @@ def test_damping_is_by_default_relative_without_more_for_small_samples_or_small_
     assert default == BlockDamping(0.1, "relative", 0.0, 0.0, "full", math.inf, 64)
     assert diagonal().note() == ""
     assert ExactBlock([nn.Parameter(randn(3))]).growth == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "columns"), [(5, 6), (63, 64), (64, 80), (100, 112), (111, 112)]
+)
+def test_a_bias_makes_a_wide_matrix_wider_by_zeros_up_to_an_even_width(inputs, columns):
+    weight, bias = randn(3, inputs), randn(3, seed=1)
+    layout = MatrixLayout(weight, bias)
+    assert layout.columns == columns
+    assert MatrixLayout(weight).columns == inputs
+    padded = layout.matrix([weight, bias], torch.float64, padded=True)
+    assert padded.shape == (1, 3, columns)
+    torch.testing.assert_close(padded[0, :, :inputs], weight)
+    torch.testing.assert_close(padded[0, :, inputs], bias)
+    assert not padded[0, :, inputs + 1 :].any()
+    for ours, theirs in zip(layout.parts(padded, [weight, bias]), (weight, bias), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_eigenvalues_are_computed_in_double_precision_and_a_diagonal_is_no_view():
+    U = torch.linalg.qr(randn(6, 6))[0]
+    M = (U * torch.logspace(0, -6, 6).double() @ U.T).float()[None]
+    exact = torch.linalg.eigvalsh(M.double()).float()
+    torch.testing.assert_close(eigenvalues(M), exact, rtol=1e-6, atol=0)
+    diagonal = diagonal_of(M)
+    assert torch.equal(diagonal[0], M[0].diagonal())
+    assert diagonal.untyped_storage().nbytes() == 6 * 4  # the matrix is not kept for it
 
 
 def test_each_process_averages_statistics_of_its_own(monkeypatch):

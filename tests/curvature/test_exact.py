@@ -136,6 +136,10 @@ def test_momentum_solves_for_what_the_last_step_leaves(n):
         expected = carried + torch.linalg.solve(damped, g - matrix @ carried)
         torch.testing.assert_close(d, expected)
         torch.testing.assert_close(product, matrix @ expected)
+    resumed = ExactBlock([parameter])
+    resumed.load_state_dict(block.state_dict())
+    assert torch.equal(resumed._last, last)
+    assert resumed._last.data_ptr() != block._last.data_ptr()
 
 
 @pytest.mark.parametrize("n", [7, 20])
