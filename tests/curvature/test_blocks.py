@@ -417,14 +417,39 @@ def test_a_bias_makes_a_wide_matrix_wider_by_zeros_up_to_an_even_width(inputs, c
         assert torch.equal(ours, theirs)
 
 
-def test_eigenvalues_are_computed_in_double_precision_and_a_diagonal_is_no_view():
-    U = torch.linalg.qr(randn(6, 6))[0]
-    M = (U * torch.logspace(0, -6, 6).double() @ U.T).float()[None]
-    exact = torch.linalg.eigvalsh(M.double()).float()
-    torch.testing.assert_close(eigenvalues(M), exact, rtol=1e-6, atol=0)
+def test_eigenvalues_that_fail_are_computed_in_double_precision(monkeypatch):
+    compute = torch.linalg.eigvalsh
+
+    def fails_in_single(M):
+        if M.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("made to fail")
+        return compute(M)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails_in_single)
+    M = (randn(6, 6) @ randn(6, 6).T).float()[None]
+    torch.testing.assert_close(eigenvalues(M), compute(M.double()).clamp_min(0).float())
+
+
+def test_a_diagonal_does_not_keep_its_matrix():
+    M = randn(1, 6, 6)
     diagonal = diagonal_of(M)
     assert torch.equal(diagonal[0], M[0].diagonal())
-    assert diagonal.untyped_storage().nbytes() == 6 * 4  # the matrix is not kept for it
+    assert diagonal.untyped_storage().nbytes() == 6 * 8
+
+
+@pytest.mark.parametrize("make", [unit, diagonal], ids=["unit-wise", "diagonal"])
+def test_a_diagonal_grows_as_a_whole(make):
+    block = make()
+    block.refresh(BlockDamping(0.2))
+    v, before = vectors(block), float(dense_average(block).trace())
+    old = flat(block.product(v))
+    scores = [torch.zeros_like(p) for p in block.parameters]
+    scores[0][0] = 30.0  # some elements more than others
+    block.add_gradient_scores(scores, 1.0)
+    block.fold(2.0, 0.5)
+    growth = float(dense_average(block).trace()) / before
+    assert growth > 2
+    torch.testing.assert_close(flat(block.product(v)), growth * old)
 
 
 def test_each_process_averages_statistics_of_its_own(monkeypatch):
