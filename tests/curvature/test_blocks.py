@@ -452,6 +452,25 @@ def test_a_diagonal_grows_as_a_whole(make):
     torch.testing.assert_close(flat(block.product(v)), growth * old)
 
 
+@pytest.mark.parametrize("kind", [KroneckerBlock, EigenBlock], ids=lambda kind: kind.kind)
+def test_a_group_that_no_map_has_used_yet_is_scaled_as_the_others_are(kind):
+    weight, x, g = nn.Parameter(randn(4, 2, 2, 2)), randn(5, 4, 3, 4), randn(4, 2, 2, 2, seed=2)
+    score = randn(*F.conv2d(x, weight, groups=2).shape, seed=1)
+    score[:, 2:] = 0.0  # the second of two groups
+    block = kind(weight, None, 2)
+    for _ in range(2):
+        block.add_map_score(read_map_call(F.conv2d, (x, weight), {"groups": 2}), score, 1.0)
+        assert block.fold(2.0, 0.5)
+        assert block.refresh(BlockDamping(0.1)) is Remedy.NONE
+    (d,), _ = block.precondition([g])
+    if kind is EigenBlock:
+        scale = block.average("M")[0].mean()
+    else:
+        A, G = (X[0].diagonal().mean() for X in block.averaged_factors())
+        scale = A * G
+    torch.testing.assert_close(d[2:], g[2:] / scale)
+
+
 def test_each_process_averages_statistics_of_its_own(monkeypatch):
     block = diagonal()
     alone = block.effective_count("F")
