@@ -127,7 +127,9 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
         for line in run["lines"].get(short(path), ()):
             running.setdefault(line, []).append(name)
     text = path.read_text(encoding="utf-8").splitlines()
-    for mutant in all_of_it[: options.sample]:
+    old_survivors = {name for name, killer in outcomes.items() if not killer}
+    sample = {mutant.name for mutant in all_of_it[: options.sample]} | old_survivors
+    for mutant in [mutant for mutant in all_of_it if mutant.name in sample]:
         outcome = outcomes.get(mutant.name)
         if outcome or (outcome == "" and mutant.name in explained and not options.again):
             continue

@@ -447,6 +447,20 @@ def test_a_kl_that_takes_transforms_to_be_the_same_is_exact_where_they_hold_noth
     assert torch.equal(kl, exact) == (cache_size == 0)
 
 
+@pytest.mark.parametrize("kind", ["sampled", "propagated", "exact"])
+def test_terms_that_share_one_of_their_tensors_have_scores_in_it_too(kind):
+    mean, shift = randn(5).requires_grad_(), torch.tensor(0.3).double().requires_grad_()
+    halves = D.TransformedDistribution(
+        D.Normal(mean, 1.0), [D.transforms.AffineTransform(shift, 2.0)]
+    )
+    call = observed(halves, randn(5, seed=2))
+    assert {t.shape for t in call.predictions} == {torch.Size([5]), torch.Size([])}
+    for seeds, _ in call.scores(kind, torch.ones(5).double(), 3, generator()):
+        of_shift, of_mean = sorted(seeds, key=torch.numel)
+        torch.testing.assert_close(of_shift, of_mean.sum() / 2)
+        assert of_mean.abs().min() > 0 or kind == "exact"
+
+
 class Keyed(D.Normal):
     """A user's own, which keeps its tensors in a dictionary."""
 
