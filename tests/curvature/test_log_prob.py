@@ -459,6 +459,34 @@ def test_terms_that_share_one_of_their_tensors_have_scores_in_it_too(kind):
         of_shift, of_mean = sorted(seeds, key=torch.numel)
         torch.testing.assert_close(of_shift, of_mean.sum() / 2)
         assert of_mean.abs().min() > 0 or kind == "exact"
+    exact = [*call.scores("exact", torch.ones(5).double(), 1, generator())]
+    assert len(exact) == 32  # as many as labels are drawn, each for all terms
+
+
+class Summed(D.Distribution):
+    """A user's own, which adds up its terms and does not say where it lives."""
+
+    def __init__(self, mean):
+        self.center = mean
+        super().__init__(mean.shape, validate_args=False)
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.center).square().sum()
+
+    def sample(self, sample_shape=()):
+        return D.Normal(self.center.detach(), 1.0).sample(sample_shape)
+
+
+def test_terms_that_are_added_up_within_are_one_term():
+    mean, y = randn(5).requires_grad_(), randn(5, seed=1)
+    call = observed(Summed(mean), y)
+    assert call.shape == ()
+    likelihood = call.likelihood()
+    assert likelihood.sample(0).shape == (5,)
+    assert likelihood.divergence(y).tolist() == [0.5]
+    ((score,), share), *_ = call.scores("empirical", torch.ones(1).double(), 1, generator())
+    assert share == 1
+    torch.testing.assert_close(score.abs(), (mean - y).abs().detach())
 
 
 class Keyed(D.Normal):

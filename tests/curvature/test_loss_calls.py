@@ -234,6 +234,23 @@ def test_a_subtracted_loss_still_weighs_positively():
     assert (call.weights(torch.tensor(-1.0)) > 0).all()
 
 
+def test_what_was_predicted_stays_though_a_step_writes_to_the_parameter_that_it_was():
+    parameter = nn.Parameter(torch.zeros(8)[4:])  # in the middle of some memory
+    call = read_loss_call(F.mse_loss, (parameter, torch.ones(4)), {})
+    before = call.likelihood().natural
+    with torch.no_grad():
+        parameter.add_(1.0)
+    assert not before.any()
+
+
+def test_a_saturated_prediction_has_nothing_to_solve_for():
+    z = torch.tensor([800.0, 0.3]).double().requires_grad_()
+    call = read_loss_call(F.binary_cross_entropy_with_logits, (z, torch.zeros(2).double()), {})
+    root = call.fisher_root(torch.ones(2).double())
+    assert root.columns[0][0] == root.residuals[0][0] == 0
+    torch.testing.assert_close((root.columns[0] * root.residuals[0])[1], z[1].sigmoid().detach())
+
+
 def test_half_precision_predictions_are_read_in_float32():
     z = randn(3, 4).bfloat16().requires_grad_()
     call = read_loss_call(F.cross_entropy, (z, torch.tensor([0, 1, 2])), {})

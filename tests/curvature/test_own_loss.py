@@ -194,10 +194,11 @@ class Once(torch.autograd.Function):
 
 def test_what_has_no_second_derivative_counts_as_straight():
     z, v = randn(6, 3, seed=3).abs(), randn(6, 3, seed=4)
-    curvature = OutputCurvature(lambda o: Once.apply(o[0]) + 0.0, [z], generator())
+    curvature = OutputCurvature(lambda o: Once.apply(o[0]).square(), [z], generator())
     assert curvature.straight == 1
-    kappa = 18 / (2 * 2 * z.sum())
-    torch.testing.assert_close(curvature.squared_length([v]), kappa * 4 * v.square().sum())
+    kappa, slope = 18 / (2 * (2 * z.sum()).square()), 8 * z.sum()
+    expected = kappa * slope.square() * v.square().sum()
+    torch.testing.assert_close(curvature.squared_length([v]), expected)
 
 
 def test_empirical_scores_are_the_slopes_of_rows_with_a_sign_each():
