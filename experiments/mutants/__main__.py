@@ -45,6 +45,7 @@ FIRST = {
     "exact": ("tests/curvature/test_exact.py",),
     "eigen": ("tests/curvature/test_eigen.py",),
     "low_rank_factor": ("tests/curvature/test_low_rank.py",),
+    "blocks": ("tests/curvature/test_blocks.py",),  # the others
 }
 KEPT = ROOT / "build" / "mutants"
 RESULTS = ROOT / "experiments" / "results" / "mutants.json"
@@ -127,6 +128,7 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
         for line in run["lines"].get(short(path), ()):
             running.setdefault(line, []).append(name)
     text = path.read_text(encoding="utf-8").splitlines()
+    first = FIRST.get(path.stem, FIRST.get(path.parent.name, ()))
     old_survivors = {name for name, killer in outcomes.items() if not killer}
     sample = {mutant.name for mutant in all_of_it[: options.sample]} | old_survivors
     for mutant in [mutant for mutant in all_of_it if mutant.name in sample]:
@@ -138,7 +140,7 @@ def try_file(trials: Trials, path: Path, tests: dict[str, Any], options: Any) ->
         # What runs when the file is imported, or is new, concerns every test of the file.
         names = names or {name for own in running.values() for name in own}
         seconds = {name: tests[name]["seconds"] for name in names}
-        order = in_order(seconds, FIRST.get(path.stem, ()), options.seconds)
+        order = in_order(seconds, first, options.seconds)
         total = sum(seconds[name] for name in order)
         killer = trials.killer(str(path), mutant.code, order, total)
         outcomes[mutant.name] = killer or ""

@@ -79,7 +79,7 @@ class Trials:
         inlet, outlet = os.pipe()
         child = os.fork()
         if not child:
-            # Of the processor's time, since others may use it; or of the clock, where it only waits.
+            # Of the processor, which others may use; or of the clock, where it only waits.
             signal.setitimer(signal.ITIMER_PROF, limit)
             signal.alarm(_WAIT * limit)
             silence = os.open(os.devnull, os.O_WRONLY)

@@ -471,6 +471,14 @@ def test_a_group_that_no_map_has_used_yet_is_scaled_as_the_others_are(kind):
     torch.testing.assert_close(d[2:], g[2:] / scale)
 
 
+@pytest.mark.parametrize("layout", ["linear", "grouped"])
+def test_the_work_of_a_block_is_that_of_its_last_step(layout):
+    blocks = [kronecker(layout, steps=steps) for steps in (1, 2, 3)]  # each of a row more
+    one, two, three = (block.work(BlockDamping(0.1)).statistics for block in blocks)
+    assert three - two == pytest.approx(two - one)
+    assert two > one
+
+
 def test_each_process_averages_statistics_of_its_own(monkeypatch):
     block = diagonal()
     alone = block.effective_count("F")
