@@ -1,5 +1,5 @@
-# make train | test | matrix | lint | check | docs | support | grid | race | cost | soak | trials |
-# clean.
+# make train | test | matrix | lint | check | docs | support | grid | mutants | race | cost | soak |
+# trials | clean.
 # A fresh machine needs Python 3.11 or newer, and make.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/installed-$(shell cat requirements.txt requirements-alone.t
 # More threads than one slow down models as small as those of the tests, and two runs share the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: train test matrix lint check docs support grid race cost soak trials clean
+.PHONY: train test matrix lint check docs support grid mutants race cost soak trials clean
 
 train: $(INSTALLED)
 	$(BIN)/python train.py optimizer=natgrad
@@ -43,6 +43,12 @@ support: $(INSTALLED)
 # That no choice of rate, radius and damping makes a run end above its start: half an hour.
 grid: $(INSTALLED)
 	$(ONE_THREAD) $(BIN)/python -m experiments.grid
+
+# Which small changes of the core the tests notice, hours; a second call goes on where the first one
+# stopped. `make mutants ONLY=trust_region` for a file or a folder, SAMPLE=40 for so many of a file.
+mutants: $(INSTALLED)
+	$(ONE_THREAD) $(BIN)/python -m experiments.mutants \
+		$(if $(ONLY),--only $(ONLY)) $(if $(SAMPLE),--sample $(SAMPLE))
 
 # Against tuned optimizers, hours; `make race QUICK=1` to try it out. Each stage goes on where it
 # stopped, and those of different workloads can run at the same time.

@@ -29,6 +29,7 @@ OTHERS = (
     "grid",
     "interrupted_sweeps",
     "median_stopping",
+    "mutants",
     "notebook",
     "other_tasks",
     "race",

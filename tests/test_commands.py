@@ -35,6 +35,7 @@ _CI = "test_ci_run_is_tests_that_passed_then_lint"
 _RACE = "test_a_race_in_stages_that_go_on_where_they_stopped"
 _PAGE = "test_the_script_writes_the_page_and_the_figure"
 _COST = "test_a_quick_run_prints_and_writes_nothing"
+_MUTANTS = "test_mutants_of_functions_and_of_constants_are_killed_by_the_tests_of_them"
 _SCALING = "test_another_assumption_is_printed_and_leaves_the_page_alone"
 #: Why a command is not run here, and the test that holds what it does.
 NOT_RUN = {
@@ -47,6 +48,10 @@ NOT_RUN = {
     "make grid": (
         "half an hour",
         "test_the_script_says_how_many_failed_and_goes_on_where_it_stopped",
+    ),
+    **dict.fromkeys(
+        ("make mutants", "make mutants ONLY=trust_region", "make mutants ONLY=damping"),
+        ("minutes to hours", _MUTANTS),
     ),
     "make trials": ("downloads other projects", NOBODY),
     "make race": ("hours", _RACE),

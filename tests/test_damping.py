@@ -80,9 +80,25 @@ def test_a_path_of_no_steps_is_refused(path):
         path(1.0, 0.5, 0)
 
 
-def test_an_exponential_path_to_zero_is_refused_naming_the_way_out():
+@pytest.mark.parametrize("ends", [(1.0, 0.0), (0.0, 1.0)])
+def test_an_exponential_path_to_or_from_zero_is_refused_naming_the_way_out(ends):
     with pytest.raises(OptionError, match="LinearDamping"):
-        ExponentialDamping(1.0, 0.0, 10)
+        ExponentialDamping(*ends, 10)
+
+
+@pytest.mark.parametrize(
+    ("damping", "start", "least", "most", "after"),
+    [(KlMatching, 0.1, 1e-8, 10.0, 0.11), (LevenbergMarquardt, 1e-3, 1e-15, 1e3, 1e-4)],
+)
+def test_damping_that_adapts_has_wide_bounds_by_default(damping, start, least, most, after):
+    damping = damping()
+    assert damping(0) == start
+    damping.see(0.9, 1.21)  # by the square root of the ratio of KLs, or a tenth
+    assert damping(0) == pytest.approx(after)
+    for ratio, bound in ((1e9, most), (1e-9, least)):
+        for _ in range(50):
+            damping.see(-1.0 if ratio > 1 else 1.0, ratio)
+        assert damping(0) == bound
 
 
 def test_a_schedule_s_bad_value_names_its_step():
@@ -117,6 +133,13 @@ def test_levenberg_marquardt_follows_the_reduction_ratio():
 def test_levenberg_marquardt_refuses_bounds_that_exclude_its_start(values):
     with pytest.raises(OptionError, match="0 < least <= start <= most"):
         LevenbergMarquardt(**values)
+
+
+@pytest.mark.parametrize("adaptive", [KlMatching, LevenbergMarquardt])
+def test_bounds_may_meet_and_may_not_be_zero(adaptive):
+    assert adaptive(start=0.5, least=0.5, most=0.5)(0) == 0.5
+    with pytest.raises(OptionError, match="0 < least <= start <= most"):
+        adaptive(least=0.0)
 
 
 def test_automatic_damping_is_a_tenth_for_blocks_that_approximate():

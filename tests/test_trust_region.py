@@ -76,6 +76,15 @@ def test_a_measurement_within_the_radius_passes_and_beyond_is_cut_to_two_thirds_
     assert bound.room(measured, 1.0) ** 2 * measured == pytest.approx(0.02)
 
 
+def test_what_just_keeps_to_a_bound_passes():
+    bound = TrustRegion(0.03)
+    assert bound.shrink(0.03, 1.0, rise=0.03) is None
+    assert bound.shrink(0.03, 1.0, rise=0.031) == 0.5
+    # A rate of zero makes no step, whose KL is zero.
+    assert bound.scale(0.0, 0.0) == 1
+    assert bound.shrink(0.0, 0.0) is None
+
+
 @pytest.mark.parametrize("measured", [math.inf, math.nan])
 def test_a_kl_that_is_no_number_cuts_the_step_to_a_tenth(measured):
     assert TrustRegion(0.03).shrink(measured, 1.0) == 0.1
@@ -110,10 +119,12 @@ def test_a_useless_measurement_teaches_nothing(predicted, measured):
 @pytest.mark.parametrize("measured", [math.inf, math.nan])
 def test_a_kl_that_is_no_number_makes_the_next_step_shorter_and_measured(measured):
     bound = TrustRegion(0.03)
-    bound.calibrate(20, 1.0, 5.0)
-    bound.calibrate(21, 1.0, measured)
+    for step in range(20, 24):
+        bound.calibrate(step, 1.0, 5.0)
+    assert not bound.measurement_due(24)
+    bound.calibrate(24, 1.0, measured)
     assert bound.ratio == pytest.approx(500)
-    assert bound.measurement_due(22)
+    assert bound.measurement_due(25)
 
 
 def measured_steps(bound, ratios):
@@ -158,6 +169,26 @@ def test_a_step_that_takes_statistics_leaves_its_measurement_to_the_next_unless_
             steps.append(step)
             bound.calibrate(step, 1e-3, 1e-3, surprise=step == 24)
     assert steps == [0, 1, 3, 7, 16, 24, 25, 27, 31, 39]  # not 15; 25 after a surprise
+
+
+def test_from_the_second_of_two_steps_on_a_measurement_waits_for_a_better_one():
+    bound = TrustRegion(0.03, measure_every=8, measure_first=0)
+    assert bound.measurement_due(0, busy=True)
+    bound.calibrate(0, 1e-3, 1e-3)
+    assert bound.measurement_due(1, busy=True)
+    bound.calibrate(1, 1e-3, 1e-3)
+    assert [bound.measurement_due(step, busy=True) for step in (2, 3, 4)] == [False, False, True]
+
+
+def test_by_default_ten_steps_are_measured_and_then_every_sixth():
+    steps = measured_steps(TrustRegion(0.03), lambda step: 3.0)
+    assert steps == [*range(10), 15, 21, 27, 33, 39, 45, 51, 57]
+
+
+@pytest.mark.parametrize(("kl_radius", "large"), [(0.05, False), (0.051, True)])
+def test_a_radius_beyond_a_twentieth_of_a_nat_is_large(kl_radius, large):
+    bound = TrustRegion(kl_radius, measure_every=8, measure_first=1)
+    assert (len(measured_steps(bound, lambda step: 3.0)) == 60) == large
 
 
 def test_steps_of_a_large_radius_are_all_measured_and_may_not_raise_the_loss_by_much():

@@ -1,5 +1,7 @@
 """Damped inverses, products and eigenvalues against dense linear algebra."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -8,12 +10,15 @@ from ngplugin.curvature.blocks import (
     BlockDamping,
     DiagonalBlock,
     EigenBlock,
+    ExactBlock,
     GradientKroneckerBlock,
     HalfDiagonalBlock,
     KroneckerBlock,
     UnitBlock,
 )
 from ngplugin.curvature.blocks.block import rounding
+from ngplugin.curvature.blocks.matrix_layout import MatrixLayout
+from ngplugin.curvature.blocks.symmetric import diagonal_of, eigenvalues
 from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.spectrum import counted
 from ngplugin.curvature.taps import read_map_call
@@ -266,6 +271,16 @@ def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
     torch.testing.assert_close(flat(product), flat(block.product(direction)))
 
 
+def test_what_was_nothing_at_the_refresh_is_not_said_to_have_grown():
+    block = DiagonalBlock(nn.Parameter(randn(3)))
+    for score in (torch.zeros(3).double(), randn(3)):
+        block.add_gradient_scores([score], 1.0)
+        assert block.fold(1.0, 0.5)
+        if not score.any():
+            block.refresh(BlockDamping(0.1))
+    assert block.growth == 1
+
+
 @every_block
 def test_a_statistic_that_is_not_finite_is_dropped(name):
     block = BLOCKS[name]()
@@ -344,6 +359,131 @@ def test_blocks_of_bfloat16_parameters_are_kept_in_float32():
     assert block.factors[0].matrix.dtype == torch.float32
     (direction,), _ = block.precondition([torch.randn(3, 5).bfloat16()])
     assert direction.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("use", ["looked up", "multiplied"])
+def test_rows_count_whose_score_is_not_all_zero(use):
+    weight = nn.Parameter(randn(6, 3))
+    block = HalfDiagonalBlock(weight)
+    if use == "looked up":
+        call = read_map_call(F.embedding, (torch.tensor([4, 1, 2]), weight), {})
+        score = torch.tensor([[1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]]).double()
+    else:
+        call = read_map_call(F.linear, (randn(3, 3), weight), {})
+        score = torch.eye(6)[:3].double() * torch.tensor([[1.0], [0.0], [2.0]])
+    block.add_map_score(call, score, 1.0)
+    assert block.fold(1.0, 0.0)
+    assert block.average(f"{use} rows") == 2
+    v = [0.0, 0.0, 1.0, 0.0, 1.0, 0.0] if use == "looked up" else [1.0, 0.0, 4.0, 0.0, 0.0, 0.0]
+    assert block.average(f"{use} v")[0].tolist() == v
+
+
+@pytest.mark.parametrize(
+    "block", [DiagonalBlock, UnitBlock, GradientKroneckerBlock], ids=lambda kind: kind.kind
+)
+def test_directions_have_the_precision_of_their_parameters(block):
+    size = (2, 3) if block is not UnitBlock else (3,)
+    count = 1 + (block is UnitBlock)
+    parameters = [nn.Parameter(torch.randn(size).bfloat16()) for _ in range(count)]
+    made = block(*parameters)
+    made.add_gradient_scores([torch.randn(size).bfloat16() for _ in parameters], 1.0)
+    made.fold(1.0, 0.0)
+    made.refresh(BlockDamping(0.1))
+    for tensors in (*made.precondition(parameters), made.product(parameters)):
+        assert [t.dtype for t in tensors] == [torch.bfloat16] * len(parameters)
+
+
+def test_damping_is_by_default_relative_without_more_for_small_samples_or_small_blocks():
+    default = BlockDamping(0.1)
+    assert default == BlockDamping(0.1, "relative", 0.0, 0.0, "full", math.inf, 64)
+    assert diagonal().note() == ""
+    assert ExactBlock([nn.Parameter(randn(3))]).growth == 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "columns"), [(5, 6), (63, 64), (64, 80), (100, 112), (111, 112)]
+)
+def test_a_bias_makes_a_wide_matrix_wider_by_zeros_up_to_an_even_width(inputs, columns):
+    weight, bias = randn(3, inputs), randn(3, seed=1)
+    layout = MatrixLayout(weight, bias)
+    assert layout.columns == columns
+    assert MatrixLayout(weight).columns == inputs
+    padded = layout.matrix([weight, bias], torch.float64, padded=True)
+    assert padded.shape == (1, 3, columns)
+    torch.testing.assert_close(padded[0, :, :inputs], weight)
+    torch.testing.assert_close(padded[0, :, inputs], bias)
+    assert not padded[0, :, inputs + 1 :].any()
+    for ours, theirs in zip(layout.parts(padded, [weight, bias]), (weight, bias), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_eigenvalues_that_fail_are_computed_in_double_precision(monkeypatch):
+    compute = torch.linalg.eigvalsh
+
+    def fails_in_single(M):
+        if M.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("made to fail")
+        return compute(M)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails_in_single)
+    M = (randn(6, 6) @ randn(6, 6).T).float()[None]
+    torch.testing.assert_close(eigenvalues(M), compute(M.double()).clamp_min(0).float())
+
+
+def test_a_diagonal_does_not_keep_its_matrix():
+    M = randn(1, 6, 6)
+    diagonal = diagonal_of(M)
+    assert torch.equal(diagonal[0], M[0].diagonal())
+    assert diagonal.untyped_storage().nbytes() == 6 * 8
+
+
+@pytest.mark.parametrize("make", [unit, diagonal], ids=["unit-wise", "diagonal"])
+def test_a_diagonal_grows_as_a_whole(make):
+    block = make()
+    block.refresh(BlockDamping(0.2))
+    v, before = vectors(block), float(dense_average(block).trace())
+    old = flat(block.product(v))
+    scores = [torch.zeros_like(p) for p in block.parameters]
+    scores[0][0] = 30.0  # some elements more than others
+    block.add_gradient_scores(scores, 1.0)
+    block.fold(2.0, 0.5)
+    growth = float(dense_average(block).trace()) / before
+    assert growth > 2
+    torch.testing.assert_close(flat(block.product(v)), growth * old)
+
+
+@pytest.mark.parametrize("kind", [KroneckerBlock, EigenBlock], ids=lambda kind: kind.kind)
+def test_a_group_that_no_map_has_used_yet_is_scaled_as_the_others_are(kind):
+    weight, x, g = nn.Parameter(randn(4, 2, 2, 2)), randn(5, 4, 3, 4), randn(4, 2, 2, 2, seed=2)
+    score = randn(*F.conv2d(x, weight, groups=2).shape, seed=1)
+    score[:, 2:] = 0.0  # the second of two groups
+    block = kind(weight, None, 2)
+    for _ in range(2):
+        block.add_map_score(read_map_call(F.conv2d, (x, weight), {"groups": 2}), score, 1.0)
+        assert block.fold(2.0, 0.5)
+        assert block.refresh(BlockDamping(0.1)) is Remedy.NONE
+    (d,), _ = block.precondition([g])
+    if kind is EigenBlock:
+        scale = block.average("M")[0].mean()
+    else:
+        A, G = (X[0].diagonal().mean() for X in block.averaged_factors())
+        scale = A * G
+    torch.testing.assert_close(d[2:], g[2:] / scale)
+
+
+@pytest.mark.parametrize("layout", ["linear", "grouped"])
+def test_the_work_of_a_block_is_that_of_its_last_step(layout):
+    blocks = [kronecker(layout, steps=steps) for steps in (1, 2, 3)]  # each of a row more
+    one, two, three = (block.work(BlockDamping(0.1)).statistics for block in blocks)
+    assert three - two == pytest.approx(two - one)
+    assert two > one
+
+
+def test_each_process_averages_statistics_of_its_own(monkeypatch):
+    block = diagonal()
+    alone = block.effective_count("F")
+    monkeypatch.setattr("ngplugin.curvature.blocks.averaged.ranks", lambda: 4)
+    assert block.effective_count("F") == 4 * alone
 
 
 def test_the_numbers_kept_are_counted():

@@ -118,6 +118,42 @@ def test_both_sides_are_the_dense_solve(n):
     assert counts[0] == 14 - torch.linalg.matrix_rank(matrix)
 
 
+@pytest.mark.parametrize("n", [7, 20])
+def test_momentum_solves_for_what_the_last_step_leaves(n):
+    """SPRING, arXiv:2401.10190."""
+    parameter, last = nn.Parameter(randn(14)), randn(14, seed=1)
+    rows, residual = randn(n, 14), randn(n)
+    block = block_of(rows, residual, 2.5, [parameter])
+    block.refresh(BlockDamping(0.3, "absolute"))
+    matrix, g = rows.T @ rows / 2.5, rows.T @ residual
+    damped = matrix + 0.3 * torch.eye(14).double()
+    for momentum, remembered in ((0.8, False), (0.0, True), (0.8, True)):
+        block.momentum = momentum
+        if remembered:
+            block.remember([last])
+        (d,), (product,) = block.precondition([g])
+        carried = momentum * last if remembered else torch.zeros(14).double()
+        expected = carried + torch.linalg.solve(damped, g - matrix @ carried)
+        torch.testing.assert_close(d, expected)
+        torch.testing.assert_close(product, matrix @ expected)
+    resumed = ExactBlock([parameter])
+    resumed.load_state_dict(block.state_dict())
+    assert torch.equal(resumed._last, last)
+    assert resumed._last.data_ptr() != block._last.data_ptr()
+
+
+@pytest.mark.parametrize("n", [7, 20])
+def test_an_average_is_of_the_larger_side_and_rows_are_of_one_batch(n):
+    parameter = nn.Parameter(randn(14))
+    block = block_of(randn(n, 14), randn(n), 2.0, [parameter])
+    block.add_rows(3 * randn(n, 14, seed=1), randn(n))
+    assert block.fold(4.0, 0.5)
+    first, second = (s * randn(n, 14, seed=i).square().sum() for i, s in ((0, 1 / 2), (1, 9 / 4)))
+    mean = second if n < 14 else (0.5 * 0.1 * first + 0.5 * second) / 0.55
+    torch.testing.assert_close(block.mean_eigenvalue(), mean / 14)
+    assert block.numel() == (7 * 14 + 2 * 7**2 if n < 14 else 20 * 14 + 3 * 14**2)
+
+
 def test_tiny_damping_keeps_its_digits_on_the_kernel_side():
     """Rows of condition 1e5, λ of 1e-12: against 60 digits."""
     n, size = 6, 9

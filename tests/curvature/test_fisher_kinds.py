@@ -1,5 +1,7 @@
 """Exact and empirical scores of every torch loss, against brute force over the output."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,15 @@ def test_an_exact_fisher_of_a_vocabulary_is_refused_with_what_to_do():
         ValueError, match=r"2,000 backward passes for one cross_entropy.*propagated"
     ):
         loss.backward()
+
+
+def test_an_exact_fisher_takes_at_most_1_024_passes():
+    for classes, refused in ((1024, False), (1025, True)):
+        z = randn(1, classes).requires_grad_()
+        call = read_loss_call(F.cross_entropy, (z, LABELS[:1]), {})
+        passes = call.scores("exact", torch.ones(1).double(), 1, generator())
+        with pytest.raises(ValueError, match="1,025") if refused else contextlib.nullcontext():
+            next(passes)
 
 
 def test_a_term_that_does_not_count_may_have_any_label():

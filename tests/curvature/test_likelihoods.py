@@ -141,6 +141,8 @@ def test_the_gaussian_variance_is_the_weighted_mean_square_or_as_given():
     expected = float((w * (eta - y) ** 2).sum() / w.sum())
     assert float(likelihood.dispersion(y, w, "auto")) == pytest.approx(expected)
     assert float(likelihood.dispersion(y, w, 0.3)) == pytest.approx(0.3)
+    y[2] = math.nan  # as a target may be that is masked out
+    assert float(likelihood.dispersion(y, w, "auto")) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["categorical", "bernoulli"])

@@ -369,6 +369,8 @@ def test_kl_is_that_of_torch_distributions(name):
     other = CASES[name][1](leaf.detach() + step)
     ours = call.likelihood().kl(call.likelihood(moved(name, call, step)))
     torch.testing.assert_close(ours, D.kl_divergence(distribution, other).detach())
+    with torch.no_grad():  # some are made of derivatives
+        assert not call.likelihood().kl(call.likelihood(moved(name, call, step))).requires_grad
 
 
 @pytest.mark.parametrize("name", ESTIMATED)
@@ -416,6 +418,94 @@ def test_every_term_draws_its_own_label_however_the_argument_broadcasts(batch, s
 
 
 # -- through the observer ----------------------------------------------------------------------
+
+
+class Doubled(D.Transform):
+    """A user's own, which is equal to nothing but itself."""
+
+    domain = codomain = D.constraints.real
+    bijective = True
+
+    def _call(self, x):
+        return 2 * x
+
+    def _inverse(self, y):
+        return y / 2
+
+    def log_abs_det_jacobian(self, x, y):
+        return torch.full_like(x, 2.0).log()
+
+
+@pytest.mark.parametrize("cache_size", [0, 1])
+def test_a_kl_that_takes_transforms_to_be_the_same_is_exact_where_they_hold_nothing(cache_size):
+    mean, moved = randn(5).requires_grad_(), randn(5, seed=1)
+    observed = D.TransformedDistribution(D.Normal(mean, 1.0), [Doubled(cache_size)])
+    call = replace(read_log_prob(observed, moved), shape=torch.Size([5]))
+    kl = call.likelihood().kl(call.likelihood((moved,)))
+    exact = D.kl_divergence(D.Normal(mean, 1.0), D.Normal(moved, 1.0))
+    # One that caches is copied, and two copies are not the same: then it is estimated.
+    assert torch.equal(kl, exact) == (cache_size == 0)
+
+
+@pytest.mark.parametrize("kind", ["sampled", "propagated", "exact"])
+def test_terms_that_share_one_of_their_tensors_have_scores_in_it_too(kind):
+    mean, shift = randn(5).requires_grad_(), torch.tensor(0.3).double().requires_grad_()
+    halves = D.TransformedDistribution(
+        D.Normal(mean, 1.0), [D.transforms.AffineTransform(shift, 2.0)]
+    )
+    call = observed(halves, randn(5, seed=2))
+    assert {t.shape for t in call.predictions} == {torch.Size([5]), torch.Size([])}
+    for seeds, _ in call.scores(kind, torch.ones(5).double(), 3, generator()):
+        of_shift, of_mean = sorted(seeds, key=torch.numel)
+        torch.testing.assert_close(of_shift, of_mean.sum() / 2)
+        assert of_mean.abs().min() > 0 or kind == "exact"
+    exact = [*call.scores("exact", torch.ones(5).double(), 1, generator())]
+    assert len(exact) == 32  # as many as labels are drawn, each for all terms
+
+
+class Summed(D.Distribution):
+    """A user's own, which adds up its terms and does not say where it lives."""
+
+    def __init__(self, mean):
+        self.center = mean
+        super().__init__(mean.shape, validate_args=False)
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.center).square().sum()
+
+    def sample(self, sample_shape=()):
+        return D.Normal(self.center.detach(), 1.0).sample(sample_shape)
+
+
+def test_terms_that_are_added_up_within_are_one_term():
+    mean, y = randn(5).requires_grad_(), randn(5, seed=1)
+    call = observed(Summed(mean), y)
+    assert call.shape == ()
+    likelihood = call.likelihood()
+    assert likelihood.sample(0).shape == (5,)
+    assert likelihood.divergence(y).tolist() == [0.5]
+    ((score,), share), *_ = call.scores("empirical", torch.ones(1).double(), 1, generator())
+    assert share == 1
+    torch.testing.assert_close(score.abs(), (mean - y).abs().detach())
+
+
+class Keyed(D.Normal):
+    """A user's own, which keeps its tensors in a dictionary."""
+
+    def __init__(self, mean):
+        self.table = {"mean": mean}
+        super().__init__(mean.detach(), 1.0)
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.table["mean"]).square()
+
+
+def test_tensors_in_a_dictionary_are_found_and_replaced():
+    mean, moved = randn(5).requires_grad_(), randn(5, seed=1)
+    call = read_log_prob(Keyed(mean), moved)
+    assert call.predictions == (mean,)
+    assert not call.likelihood((moved,)).nll(moved).any()
+    torch.testing.assert_close(call.likelihood().nll(moved), 0.5 * (moved - mean).square())
 
 
 def test_only_the_outermost_log_prob_counts():

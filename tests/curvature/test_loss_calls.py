@@ -4,6 +4,7 @@
 the natural parameters are the objective's own.
 """
 
+import inspect
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ngplugin.curvature.likelihoods import read_loss_call
+from ngplugin.curvature.likelihoods.loss_calls import _READERS
 from tests.oracle import assert_mean_is, generator, observe, output_fisher, randn
 
 REDUCTIONS = ["none", "mean", "sum"]
@@ -201,6 +203,18 @@ def test_dense_targets_over_many_dimensions_are_read_term_by_term():
     torch.testing.assert_close(call.likelihood().natural[1], z[0, :, 0, 1])
 
 
+@pytest.mark.parametrize("function", _READERS, ids=lambda function: function.__name__)
+def test_arguments_have_the_names_the_order_and_the_defaults_of_torch(function):
+    wanted, ours = (
+        {name: p.default for name, p in inspect.signature(f).parameters.items()}
+        for f in (function, _READERS[function])
+    )
+    ours.pop("name", None)  # what the loss is called here
+    shared = {name: ours[name] for name in wanted}  # `weight` is younger than torch 2.6
+    assert [*shared.items()] == [*wanted.items()]
+    assert [name for name in ours if name in wanted] == [*wanted]
+
+
 def test_arguments_may_be_named():
     z, y = randn(3, 2).requires_grad_(), randn(3, 2, seed=1)
     call = read_loss_call(F.mse_loss, (), {"target": y, "input": z, "reduction": "sum"})
@@ -218,6 +232,23 @@ def test_a_loss_of_nothing_that_requires_grad_says_nothing():
 def test_a_subtracted_loss_still_weighs_positively():
     call = read_loss_call(F.mse_loss, (randn(3).requires_grad_(), randn(3)), {})
     assert (call.weights(torch.tensor(-1.0)) > 0).all()
+
+
+def test_what_was_predicted_stays_though_a_step_writes_to_the_parameter_that_it_was():
+    parameter = nn.Parameter(torch.zeros(8)[4:])  # in the middle of some memory
+    call = read_loss_call(F.mse_loss, (parameter, torch.ones(4)), {})
+    before = call.likelihood().natural
+    with torch.no_grad():
+        parameter.add_(1.0)
+    assert not before.any()
+
+
+def test_a_saturated_prediction_has_nothing_to_solve_for():
+    z = torch.tensor([800.0, 0.3]).double().requires_grad_()
+    call = read_loss_call(F.binary_cross_entropy_with_logits, (z, torch.zeros(2).double()), {})
+    root = call.fisher_root(torch.ones(2).double())
+    assert root.columns[0][0] == root.residuals[0][0] == 0
+    torch.testing.assert_close((root.columns[0] * root.residuals[0])[1], z[1].sigmoid().detach())
 
 
 def test_half_precision_predictions_are_read_in_float32():

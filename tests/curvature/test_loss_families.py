@@ -268,6 +268,17 @@ def test_a_divergence_of_what_is_no_probability_says_nothing():
     assert read_loss_call(F.kl_div, (q.log(), q), {}) is None
 
 
+def test_where_probabilities_add_up_over_two_dimensions_classes_are_the_last_or_the_second():
+    twice = double(0.5, 0.3, 0.2, 0.2, 0.5, 0.3, 0.3, 0.2, 0.5).reshape(3, 3).log()
+    for shape, dim in (((2, 3, 3, 2), 1), ((2, 2, 3, 3), 3), ((3, 3, 2, 2), 1)):
+        places = [i for i, n in enumerate(shape) if n == 3]
+        log_p = torch.empty(shape).double().movedim(places, (-2, -1)).copy_(twice)
+        log_p = log_p.movedim((-2, -1), places)
+        call = read_loss_call(F.kl_div, (log_p.requires_grad_(), log_p.exp()), {})
+        expected = log_p.movedim(dim, -1).reshape(-1, 3)
+        torch.testing.assert_close(call.likelihood().natural, expected)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_soft_margins_are_what_is_observed(options):
     y = randn(4, 3, seed=1).sign()

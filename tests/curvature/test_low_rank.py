@@ -12,6 +12,7 @@ from ngplugin.curvature.blocks.factor import damped_factor
 from ngplugin.curvature.blocks.low_rank_factor import LowRankFactor, low_rank_factor, read_factor
 from ngplugin.curvature.factorization import Remedy
 from ngplugin.curvature.fisher import Fisher
+from ngplugin.curvature.taps import read_map_call
 from tests.oracle import double, flat, observe, randn
 
 F = torch.nn.functional
@@ -125,6 +126,14 @@ def test_a_singular_one_without_damping_gets_some():
 def test_one_of_zeros_without_damping_has_no_inverse():
     axes, none = torch.eye(20).double()[None, :, :2], torch.zeros(1, 1, 1).double()
     assert low_rank(torch.zeros(1, 20, 20).double(), none, 2, axes, remedy=Remedy.JITTER) is None
+
+
+def test_random_vectors_to_begin_with_are_not_of_the_program_s_own_generator():
+    X, _ = spectrum([50.0, 20, 7, *[0.5] * 37])
+    before = torch.get_rng_state()
+    one, other = (low_rank(X, A, 3, None) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(one.basis, other.basis)
 
 
 # -- blocks that have such factors ----------------------------------------------------------------
@@ -250,3 +259,15 @@ def test_the_coverage_table_says_which_factors_they_are():
     _, optimizer, _ = trained(1)
     first = optimizer.coverage().rows[0]
     assert "inputs 151 by 32 eigenvectors; outputs 200 by 32 eigenvectors" in first.reason
+
+
+def test_gradients_in_half_precision_meet_factors_in_single():
+    block = KroneckerBlock(nn.Parameter(torch.randn(150, 200).bfloat16()), None, 1)
+    x, score = randn(40, 200).float().bfloat16(), randn(40, 150, seed=1).bfloat16()
+    block.add_map_score(read_map_call(F.linear, (x, *block.parameters), {}), score, 1.0)
+    assert block.fold(1.0, 0.0)
+    assert block.refresh(BlockDamping(0.1, share=0.15)) is Remedy.NONE
+    assert all(isinstance(factor, LowRankFactor) for factor in block.factors)
+    (d,), (product,) = block.precondition([torch.randn(150, 200).bfloat16()])
+    assert d.dtype == product.dtype == torch.bfloat16
+    assert d.isfinite().all()

@@ -12,7 +12,7 @@ from torch import nn
 import ngplugin
 from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.fisher import Fisher
-from ngplugin.curvature.likelihoods import OutputCurvature
+from ngplugin.curvature.likelihoods import OutputCurvature, OwnLoss
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.curvature.observe import Observer
 from tests.oracle import (
@@ -142,6 +142,74 @@ def test_along_a_straight_slope_a_curved_row_gets_the_empirical_fisher_too():
     torch.testing.assert_close(curvature.squared_length([v]), expected)
     torch.testing.assert_close(curvature.decrement(), 2 * loss(z))
     assert curvature.straight == 1
+
+
+def half_curved(z):
+    """Flat where a row's element is negative."""
+    return z.clamp_min(0).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs"),
+    [(LOSSES["squared error"], 3), (cross_entropy, 2), (evidential, 3), (half_curved, 3)],
+)
+def test_a_root_has_the_columns_that_are_not_zero_and_the_slope_in_them(loss, outputs):
+    z = (1.0 * randn(6, 3, seed=3)).requires_grad_() * 1
+    curvature = OutputCurvature(lambda o: loss(o[0]), [z], generator())
+    ((rows, weights),) = OwnLoss((z,), curvature, True).parts(torch.tensor([0.7]).double())
+    root = rows.fisher_root(weights)
+    assert rows.outputs() == len(root.columns) == len(root.residuals) == outputs
+    B, rho = torch.stack(root.columns, -1), torch.stack(root.residuals, -1)
+    torch.testing.assert_close(B @ B.mT, 0.7 * exact(loss, z.detach()))
+    slope = (B @ rho[:, :, None])[:, :, 0]
+    torch.testing.assert_close(slope, 0.7 * curvature.slopes[0])
+    assert not rho[(B == 0).all(1)].any()
+    torch.testing.assert_close(root.pull_back(slope), [slope])
+
+
+def test_a_parameter_itself_is_no_part_of_a_prediction():
+    z = randn(6, 3).requires_grad_()
+    curvature = OutputCurvature(lambda o: half_curved(o[0]), [z], generator())
+    assert OwnLoss((z,), curvature, True).parts(torch.ones(1)) == []
+
+
+def test_a_slope_without_a_size_to_compare_it_with_has_no_curvature():
+    zero = torch.zeros(6, 3).double()
+    curvature = OutputCurvature(lambda o: o[0].sum(), [zero], generator())
+    assert curvature.squared_length([randn(6, 3)]) == 0
+
+
+def test_what_has_no_second_derivative_counts_as_straight():
+    z, v, label = randn(4, 6, 3), randn(4, 6, 3, seed=4), torch.ones(6, 1).long()
+
+    def loss(z):
+        return F.ctc_loss(z.log_softmax(-1), label, torch.full((6,), 4), torch.ones(6).long())
+
+    curvature = OutputCurvature(lambda o: loss(o[0]), [z], generator())
+    (g,) = curvature.slopes
+    kappa = g.numel() / (2 * torch.maximum(loss(z), 0.1 * (g * z).abs().sum()))
+    assert curvature.straight == 1
+    torch.testing.assert_close(curvature.squared_length([v]), kappa * (v * g).square().sum())
+
+
+def test_empirical_scores_are_the_slopes_of_rows_with_a_sign_each():
+    z, loss = randn(6, 3, seed=3), LOSSES["squared error"]
+    curvature = OutputCurvature(lambda o: loss(o[0]), [z], generator())
+    (g,) = curvature.slopes
+    draws = torch.stack([curvature.slope_root(generator(i))[0] for i in range(200)])
+    signs = draws / ((6 / (2 * loss(z))).sqrt() * g)
+    torch.testing.assert_close(signs.abs(), torch.ones_like(signs))
+    torch.testing.assert_close(signs, signs[:, :, :1].expand_as(signs))
+    assert_mean_is(signs[:, :, 0], torch.zeros(6).double())
+
+
+@pytest.mark.parametrize(("power", "worth"), [(4.0, 4 / 3), (1.2, 2.0)])
+def test_a_loss_alone_is_worth_its_newton_decrement_but_at_most_twice_its_value(power, worth):
+    z = torch.where(randn(6, 3) > 0, 0.5, -0.5)
+    curvature = OutputCurvature(lambda o: o[0].abs().pow(power).sum(), [z], generator())
+    value, decrement = curvature.value, power / (power - 1) * curvature.value
+    torch.testing.assert_close(OwnLoss((z,), curvature, True).nats(), worth * value)
+    torch.testing.assert_close(OwnLoss((z,), curvature, False).nats(), decrement)
 
 
 @pytest.mark.parametrize("name", ["squared error", "cross entropy", "evidential"])
@@ -287,13 +355,15 @@ def test_squared_error_by_hand_is_worth_as_many_nats():
         (lambda m, x: F.relu_(m(x)), LOSSES["squared error"], [OWN]),
         (lambda m, x: m(x), lambda z: F.mse_loss(z, T) + z.exp().mean(), [OWN, "mse_loss"]),
         (lambda m, x: m(x), pinball, [EMPIRICAL]),
+        (lambda m, x: m(x), lambda z: (z - T)[:3].abs().sum() + (z - T)[3:].square().sum(), [OWN]),
         (lambda m, x: m(x), lambda z: F.mse_loss(z, T).log(), ["mse_loss"]),
         (lambda m, x: m(x), lambda z: F.cosine_embedding_loss(z, T, torch.ones(6)), [OWN]),
         (lambda m, x: m(x).unsqueeze(1).log_softmax(-1).expand(6, 4, 3).transpose(0, 1),
          lambda z: F.ctc_loss(z, Y[:, None] * 0 + 1, torch.full((6,), 4), torch.ones(6).long()),
          [EMPIRICAL]),
     ],
-    ids=["in place", "beside a recognised one", "straight", "of a recognised one", "cosine", "ctc"],
+    ids=["in place", "beside a recognised one", "straight", "half straight", "of a recognised one",
+         "cosine", "ctc"],
 )  # fmt: skip
 def test_what_an_objective_is_made_of_is_found(predict, loss, names):
     model = network()

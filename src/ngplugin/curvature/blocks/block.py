@@ -162,9 +162,9 @@ class Block(ABC):
     def numel(self) -> int:
         """How many numbers this block keeps, inverses included."""
 
+    @abstractmethod
     def note(self) -> str:
-        """What else the coverage table is to say of why it is as it is."""
-        return ""
+        """What else the coverage table is to say of why it is as it is; maybe nothing."""
 
     def layout(self) -> dict[str, Any]:
         """What beside the parameters it takes to make this block anew: plain values."""

@@ -47,10 +47,12 @@ def rebuilt(tree: Any, replaced: Mapping[int, Tensor], copies: dict[int, Any]) -
         return replaced.get(id(tree), tree)
     if id(tree) in copies:
         return copies[id(tree)]
-    if isinstance(tree, Transform):
-        caches = getattr(tree, "_cache_size", 0) > 0
-        if not caches and not any(id(t) in replaced for t in tensors_in(tree)):
-            return tree  # the same object, so that torch sees two distributions alike in it
+    if (
+        isinstance(tree, Transform)
+        and tree._cache_size == 0
+        and not any(id(t) in replaced for t in tensors_in(tree))
+    ):
+        return tree  # the same object, so that torch sees two distributions alike in it
     if isinstance(tree, (Distribution, Transform)):
         copy = copies[id(tree)] = object.__new__(type(tree))
         for name, value in vars(tree).items():

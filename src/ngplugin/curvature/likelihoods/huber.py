@@ -92,12 +92,13 @@ class Huber(Likelihood):
         return distance.square() * total
 
     def _cdf(self, t: Tensor) -> Tensor:
+        """P(x ≤ t), for t of at least -a."""
         a = self.threshold
         inside, outside = _masses(a)
         total = inside + outside
         near = t.abs().clamp_max(a)
         core = 0.5 * math.sqrt(2 * math.pi) * torch.erf(near * math.sqrt(0.5))
-        far = (t.abs() - a).clamp_min(0)
+        far = (t - a).clamp_min(0)
         tail = -0.5 * outside * (-a * far).expm1()
         return 0.5 + t.sign() * (core + tail) / total
 

@@ -61,7 +61,7 @@ def read_l1_loss(
     element = location.elements(weight)
     error = location.error()
     counted = element * error.isfinite()  # a masked target may be nan
-    scale = (counted * error.nan_to_num(0, 0, 0)).sum() / counted.sum()
+    scale = (counted * error.nan_to_num()).sum() / counted.sum()
     scale = scale.clamp_min(torch.finfo(scale.dtype).eps)
     divisor = divisor_of(reduction_of(size_average, reduce, reduction), element.sum(), input)
     return LossCall(

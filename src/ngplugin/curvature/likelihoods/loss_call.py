@@ -212,8 +212,7 @@ class LossCall(ScoredCall):
 
     def outputs(self) -> int:
         """As many as a term has natural parameters."""
-        natural = self.likelihood().natural
-        return natural[0].numel() if len(natural) else 1
+        return self.likelihood().natural.shape[1:].numel()
 
     def fisher_root(self, weights: Tensor) -> FisherRoot | None:
         """From the family's own root; ρ = √w H^-½ s is the least solution, s the residual."""
