@@ -305,7 +305,9 @@ def test_a_singular_fisher_without_damping_fails_to_factorize_and_is_counted(pro
     run.assert_safe()
     if not at:
         assert metrics(run.report)["natgrad/failed_factorizations"] >= 1
-    run.assert_learns(20)
+    losses = run.steps(20)  # of which some may be skipped: what is next to singular is not
+    assert losses[-1] < 0.9 * losses[0]
+    run.assert_safe()
 
 
 @at_first_and_later
