@@ -36,6 +36,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     yield "| processes | " + " | ".join(str(run["processes"]) for run in results.values()) + " |"
     yield ""
     yield (
+        "Both are judged with running statistics of BatchNorm taken anew over the training images. "
         f"Of the {_HELD_OUT:,} images held out, {_held_out(faulty):.1%} are recognised after the "
         f"faulty run and {_held_out(clean):.1%} after the clean one; of so many the standard error "
         f"of the difference is {_error(clean, faulty):.1%}."

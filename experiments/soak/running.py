@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
+from torch.optim.swa_utils import update_bn
 
 from experiments.soak.faults import Faults
 from experiments.tasks.task import Task
@@ -134,6 +135,8 @@ def fit(
     )  # fmt: skip
     trainer.fit(module, data.train_dataloader(), ckpt_path=last if last.exists() else None)
     watch.write()
+    # An input of 1e30 is a number, and leaves running statistics of 1e28 with any optimizer.
+    update_bn([batch[0] for batch in data.train_dataloader()], task.network)
     judged = {
         f"{split} {name}": value
         for split in ("train", "val", "test")
