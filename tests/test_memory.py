@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -79,11 +78,14 @@ def _no_collector() -> Iterator[None]:
 
 
 def census() -> tuple[int, int, int]:
-    """Objects that Python knows of, tensors among them, and bytes of these."""
+    """Objects of torch and of the package, tensors among them, and bytes of these."""
     gc.collect()
-    # Without the weak references and their callbacks by which isinstance() remembers classes.
-    passing = (weakref.ReferenceType, types.BuiltinFunctionType)
-    objects = [each for each in gc.get_objects() if type(each) not in passing]
+    # Of others, such as caches, there are more or fewer by what ran before in this process.
+    objects = [
+        each
+        for each in gc.get_objects()
+        if str(type(each).__module__).partition(".")[0] in ("torch", "ngplugin")
+    ]
     tensors = [each for each in objects if issubclass(type(each), Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return len(objects), len(tensors), sum(storages.values())
