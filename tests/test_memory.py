@@ -85,6 +85,7 @@ def census() -> tuple[int, int, int]:
         each
         for each in gc.get_objects()
         if str(type(each).__module__).partition(".")[0] in ("torch", "ngplugin")
+        and not isinstance(each, weakref.ref)  # of a step that waits for its next one
     ]
     tensors = [each for each in objects if issubclass(type(each), Tensor)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
