@@ -87,7 +87,8 @@ def census() -> tuple[int, int, int]:
         if str(type(each).__module__).partition(".")[0] in ("torch", "ngplugin")
         and not isinstance(each, weakref.ref)  # of a step that waits for its next one
     ]
-    tensors = [each for each in objects if issubclass(type(each), Tensor)]
+    # Fake ones, of a compiler that ran before, have no storage.
+    tensors = [each for each in objects if type(each) in (Tensor, nn.Parameter)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return len(objects), len(tensors), sum(storages.values())
 

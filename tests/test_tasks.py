@@ -98,7 +98,7 @@ def test_batches_are_whole_and_shuffled_anew_every_epoch() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"val_size": 1500}, "the data set has 1797 images"),
         ({"test_size": 0}, "some of them for each split"),
-        ({"pixels": "big"}, "pixels='big': expected 'standardized' or 'unit'"),
+        ({"pixels": "big"}, "pixels='big': expected one of 'standardized', 'unit'"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
@@ -128,7 +128,7 @@ def test_other_files_are_refused(content: bytes, message: str, tmp_path: Path) -
 
 
 def test_fashion_mnist_has_its_own_test_set(clothing: Path) -> None:
-    module = FashionMNIST(str(clothing), val_size=5)
+    module = FashionMNIST(str(clothing), val_size=5, batch_size=5)
     module.setup()
     assert {k: len(v) for k, v in module.splits.items()} == {"train": 35, "val": 5, "test": 10}
     assert torch.equal(module.splits["test"].tensors[1], torch.arange(10))

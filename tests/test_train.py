@@ -115,7 +115,7 @@ def test_a_sweep_keeps_its_runs_apart(tmp_path: Path) -> None:
         ("model.hidden=[0]", "model: hidden=[0]: expected positive whole numbers"),
         ("threads=0", "threads: set_num_threads expects a positive integer"),
         ("seed=-1", "seed: -1 is not in bounds"),
-        ("callbacks.best.mode=best", "callbacks: `mode` can be "),
+        ("callbacks.best.mode=best", "callbacks.best: `mode` can be "),
         ("callbacks.best.monitor=nothing", "could not find the monitored key"),
         ("data.batch_size=${nothing}", "data.batch_size: Interpolation key 'nothing' not found"),
         ("data.split_seed=???", "missing"),

@@ -1,4 +1,4 @@
-"""What goes wrong in the soak: faults of a batch, of curvature, of a logger, and of the process."""
+"""What goes wrong in the soak: faults of a batch, of its loss, of curvature, and of a logger."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import math
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,28 +18,29 @@ Batch = tuple[Tensor, ...]
 
 
 class Faults:
-    """In one step of ten, a fault of a kind drawn at random.
+    """In a share of the steps, a fault of a kind drawn at random.
 
     Args:
         seed: of which step has which. Each process has another: what ended one would end the next.
-        rate: share of the steps; 0 for a clean run.
+        kinds: to draw from; none for a clean run.
+        rate: share of the steps.
 
     Attributes:
         counts: how often each came about.
     """
 
-    def __init__(self, seed: int, rate: float = 0.1) -> None:
+    def __init__(self, seed: int, kinds: Sequence[str], rate: float) -> None:
         self.counts: Counter[str] = Counter()
         self._chance = random.Random(seed)
-        self._rate = rate
+        self._kinds, self._rate = kinds, rate
         self._kind, self._left, self._counted = "", 0.0, False
-        if rate:
+        if kinds:
             self._stand_between()
 
     def begin(self) -> None:
         """A step begins: draw what goes wrong in it."""
-        wrong = self._chance.random() < self._rate
-        self._kind = self._chance.choice(_KINDS) if wrong else ""
+        wrong = self._kinds and self._chance.random() < self._rate
+        self._kind = self._chance.choice(self._kinds) if wrong else ""
         self._left = {
             "a factorization that fails": self._chance.choice([1.0, 2.0, 5.0]),
             "factorizations that fail": math.inf,
@@ -141,4 +142,13 @@ _GRADIENTS = {"a gradient of nan": math.nan, "a gradient of 1e30": 1e30}
 #: These come about only where statistics or inverses are due in that step.
 _CURVATURE = ("a factor of nan", "a factorization that fails", "factorizations that fail")
 _FULL_DISK = "a full disk under the logger"
-_KINDS = (*_BATCHES, *_FACTORS, *_GRADIENTS, *_CURVATURE, _FULL_DISK)
+
+#: Numbers without a meaning, which any optimizer learns from.
+NONSENSE = ("an input of 1e30", "identical examples", "one example", "seven examples")
+#: All of which a run ends as well as without. From an input of 1e30 the running averages of
+#: BatchNorm do not recover, whatever the optimizer.
+FAULTS = tuple(
+    kind
+    for kind in (*_BATCHES, *_FACTORS, *_GRADIENTS, *_CURVATURE, _FULL_DISK)
+    if kind != "an input of 1e30"
+)

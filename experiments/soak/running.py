@@ -14,6 +14,9 @@ import signal
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +37,47 @@ WATCHED_EVERY = 500  # steps between looks at memory
 EPOCHS_BETWEEN = 1  # checkpoints
 PATIENCE = 120.0  # seconds without a step, after which a process counts as hanging
 ENDINGS = ("kill -9", "SIGTERM", "Ctrl-C", "an exception in training_step")
+#: At the rates of `conf/optimizer`; the callback steps in the place of the first.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "natgrad": partial(torch.optim.SGD, lr=0.1),
+    "adamw": partial(torch.optim.AdamW, lr=1e-3),
+    "sgd": partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True),
+}
 _SIGNALS = {"kill -9": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is to be.
+
+    Attributes:
+        steps: of the optimizer.
+        optimizer: of `OPTIMIZERS`.
+        kinds: of faults to draw from; none for a clean run.
+        rate: share of the steps with a fault.
+        endings: of processes that are ended from outside, at random, evenly of each kind.
+        batches: in an epoch; None for all.
+        renewed: whether running averages of BatchNorm are taken anew before the run is judged.
+        seed: of weights and batches.
+    """
+
+    steps: int
+    optimizer: str = "natgrad"
+    kinds: tuple[str, ...] = ()
+    rate: float = 0.1
+    endings: int = 0
+    batches: int | None = None
+    renewed: bool = False
+    seed: int = 0
 
 
 class Soaked(L.LightningModule):
     """A task as it is, but for what goes wrong."""
 
-    def __init__(self, task: Task, faults: Faults, stumble: Any) -> None:
+    def __init__(self, task: Task, optimizer: str, faults: Faults, stumble: Any) -> None:
         super().__init__()
-        self.task, self._faults, self._stumble = task, faults, stumble
+        self.task, self._optimizer = task, optimizer
+        self._faults, self._stumble = faults, stumble
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a batch, of which either may be spoiled."""
@@ -58,8 +93,8 @@ class Soaked(L.LightningModule):
         self._faults.gradients(self)
 
     def configure_optimizers(self) -> Any:
-        """Plain SGD, in whose place the callback steps; its rate falls to zero."""
-        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        """Its rate falls to zero."""
+        optimizer = OPTIMIZERS[self._optimizer](self.parameters())
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {
@@ -94,8 +129,7 @@ class Watch(L.Callback):
             gc.collect()
             tensors = sum(isinstance(o, Tensor) for o in gc.get_objects())
             self._memory.append({"step": step, "tensors": tensors, "bytes": _resident()})
-        if step % 20 == 0:  # what a killed process has counted is lost otherwise
-            self.write()
+        self.write()  # now: at any time it may be killed
 
     def write(self) -> None:
         """Have the process that started this one know of it."""
@@ -105,38 +139,31 @@ class Watch(L.Callback):
         path.with_suffix(".new").replace(path)
 
 
-def fit(
-    folder: Path,
-    seed: int,
-    steps: int,
-    rate: float,
-    batches: int | None,
-    reached: Any,
-    stumble: Any,
-) -> None:
+def fit(folder: Path, plan: Plan, reached: Any, stumble: Any) -> None:
     """Go on from the last checkpoint, if any, to the end; writes what came of it."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` has it ignored
     os.dup2(os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    faults = Faults(os.getpid(), rate)
-    data, task = make(OVERRIDES, seed)
-    module = Soaked(task, faults, stumble)
-    natural = NaturalGradient(show_coverage=False, show_summary=False)
+    faults = Faults(os.getpid(), plan.kinds, plan.rate)
+    data, task = make(OVERRIDES, plan.seed)
+    module = Soaked(task, plan.optimizer, faults, stumble)
+    natural = [NaturalGradient(show_coverage=False, show_summary=False)]
     saving = ModelCheckpoint(folder, save_last=True, save_top_k=1, every_n_epochs=EPOCHS_BETWEEN)
     watch = Watch(folder, faults, reached)
     logger = FaultyLogger(folder, name="log", version=str(os.getpid()))
     logger.faults = faults
     last = folder / "last.ckpt"
     trainer = L.Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=logger,
-        callbacks=[natural, saving, watch], enable_progress_bar=False, enable_model_summary=False,
-        limit_val_batches=0, limit_train_batches=batches,
+        max_steps=plan.steps, max_epochs=-1, accelerator="cpu", logger=logger,
+        callbacks=[*(natural if plan.optimizer == "natgrad" else []), saving, watch],
+        enable_progress_bar=False, enable_model_summary=False,
+        limit_val_batches=0, limit_train_batches=plan.batches,
     )  # fmt: skip
     trainer.fit(module, data.train_dataloader(), ckpt_path=last if last.exists() else None)
     watch.write()
-    # An input of 1e30 is a number, and leaves running statistics of 1e28 with any optimizer.
-    update_bn([batch[0] for batch in data.train_dataloader()], task.network)
+    if plan.renewed:
+        update_bn([batch[0] for batch in data.train_dataloader()], task.network)
     judged = {
         f"{split} {name}": value
         for split in ("train", "val", "test")
@@ -159,40 +186,25 @@ def judge(task: Task, batches: Any) -> dict[str, float]:
     return {name: value / examples for name, value in total.items()}
 
 
-def run(
-    folder: Path,
-    seed: int,
-    steps: int,
-    faulty: bool,
-    endings: int = 40,
-    rate: float = 0.1,
-    batches: int | None = None,
-) -> dict[str, Any]:
+def run(folder: Path, plan: Plan) -> dict[str, Any]:
     """A run to its end, through as many processes as that takes; what came of it.
 
     Args:
         folder: of its own; a run that is in it goes on.
-        seed: of weights and batches.
-        steps: of the optimizer.
-        faulty: whether anything goes wrong, in the process and to it.
-        endings: of processes that are ended from outside, at random, evenly of each kind.
-        rate: share of the steps with a fault.
-        batches: in an epoch; None for all.
+        plan: of the run.
     """
-    rate = rate if faulty else 0.0
     folder.mkdir(parents=True, exist_ok=True)
     processes = multiprocessing.get_context("fork")
-    chance = random.Random(seed)
+    chance = random.Random(plan.seed)
     ended: Counter[str] = Counter()
     kinds = itertools.cycle(ENDINGS)
     while not (folder / "judged.json").exists():
         reached, stumble = processes.Value("i", 0), processes.Value("i", 0)
-        told = (folder, seed, steps, rate, batches, reached, stumble)
-        process = processes.Process(target=fit, args=told)
+        process = processes.Process(target=fit, args=(folder, plan, reached, stumble))
         process.start()
         last = math.inf
-        if faulty and ended.total() < endings:
-            last = _next_end(folder, chance, steps / endings)
+        if ended.total() < plan.endings:
+            last = _next_end(folder, chance, plan.steps / plan.endings)
         _wait(process, reached, last)
         ours = process.is_alive()
         if ours:
@@ -212,13 +224,11 @@ def run(
     watched = [json.loads(path.read_text()) for path in sorted(folder.glob("watched-*.json"))]
     counts = sum((Counter(each["counts"]) for each in watched), Counter())
     return {
-        "seed": seed,
-        "faulty": faulty,
         **json.loads((folder / "judged.json").read_text()),
         "processes": len(watched),
         "ended": dict(ended),
         "faults": dict(sorted(counts.items())),
-        "memory": [] if faulty else max((each["memory"] for each in watched), key=len),
+        "memory": max((each["memory"] for each in watched), key=len),
     }
 
 
