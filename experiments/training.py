@@ -229,6 +229,7 @@ def misconfiguration_is_the_users() -> Iterator[None]:
 
 
 def _leave_terminal_to_progress_bar() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no advice, no device list
+    for name in ("lightning.pytorch", "pytorch_lightning"):  # it speaks as the last one imported
+        logging.getLogger(name).setLevel(logging.WARNING)  # no advice, no device list
     warnings.filterwarnings("ignore", ".*does not have many workers.*")  # tensors in memory
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")  # Lightning's own affair
