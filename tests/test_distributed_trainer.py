@@ -1,6 +1,6 @@
 """Lightning's own strategies in two processes, as `torchrun` would start them.
 
-All scenarios are run by one pair of processes, since starting them takes seconds.
+All scenarios are run by one pair of processes, since to start them takes time.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(both, (folder, port), nprocs=2)
+    mp.start_processes(both, (folder, port), nprocs=2, start_method="fork")  # imports nothing
     return [{**torch.load(f"{folder}/{rank}.pt"), "folder": folder} for rank in range(2)]
 
 

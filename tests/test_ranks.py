@@ -239,7 +239,7 @@ def half(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(half, (str(folder),), nprocs=2)
+    mp.start_processes(half, (str(folder),), nprocs=2, start_method="fork")  # imports nothing
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -331,7 +331,7 @@ def shared_work(rank: int, folder: str) -> None:
 
 @pytest.mark.supports("Distributed", "factorizations sharded over ranks")
 def test_each_block_is_inverted_by_one_rank(tmp_path: Path) -> None:
-    mp.spawn(shared_work, (str(tmp_path),), nprocs=2)
+    mp.start_processes(shared_work, (str(tmp_path),), nprocs=2, start_method="fork")
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     refreshes = 5  # at steps 0, 1, 2, 4, 8
     assert len(one) + len(other) == 5 * refreshes
