@@ -38,7 +38,7 @@ def fits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.supports("Faults", "loggers: no room, no network, a run that ends, a dead service")
-@pytest.mark.parametrize("case", [*FAULTS, "wandb, no room"])
+@pytest.mark.parametrize("case", [*FAULTS, "wandb, no room", "wandb, server gone"])
 def test_the_fit_goes_on_with_the_same_steps(case: str, fits: dict[str, dict[str, Any]]) -> None:
     found = fits[case]
     assert found["steps"] == fits["none"]["steps"] == 24
@@ -55,6 +55,15 @@ def test_each_fault_is_told_of_once_for_what_it_hinders(
     assert len(set(kinds)) == len(kinds)
     assert all(FAULTS[case] in text for text in told)
     assert all("training goes on" in text for text in told)
+
+
+def test_where_the_server_of_wandb_is_gone_all_is_kept_to_be_sent_later(
+    fits: dict[str, dict[str, Any]],
+) -> None:
+    found = fits["wandb, server gone"]
+    assert any(path.endswith("/file_stream") for path in found["asked"])  # it was there at first
+    assert found["written"] == found["steps"]
+    assert found["told"] == []  # wandb tells of it at the end
 
 
 def test_what_is_raised_is_raised_by_lightning_when_it_closes_the_files(

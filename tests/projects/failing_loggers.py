@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +24,9 @@ from torch.utils.data import DataLoader
 from wandb.sdk.wandb_run import Run
 
 from ngplugin import NaturalGradient
+from ngplugin.reporting import wandb_file
 from tests.oracle import flat
+from tests.projects.wandb_server import WandbServer
 from tests.small_fits import POINTS, Points, quiet
 
 STEPS, FAULT, MENDED = 24, 5, 20
@@ -69,8 +72,24 @@ def allow() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+def steps_written() -> int:
+    """Of which there are metrics of ours in what wandb has written, once it has."""
+    assert wandb.run is not None
+    file, until, count = Path(wandb.run.settings.sync_file), time.monotonic() + 20, 0
+    while count < STEPS and time.monotonic() < until:
+        time.sleep(0.1)
+        count = sum("natgrad/kl_predicted" in row for row in wandb_file.read(file)[0])
+    return count
+
+
 def refuse(*_: Any, **__: Any) -> None:
     raise ConnectionError("Network is unreachable")
+
+
+def without_the_server(server: WandbServer) -> None:
+    """Nor does wandb ask it for leave to log a table, for which it would wait for 20 seconds."""
+    server.vanish()
+    Run._assert_can_log_artifact = lambda *_: None  # type: ignore[method-assign]
 
 
 def kill_the_service() -> None:
@@ -91,9 +110,14 @@ def main(folder: str) -> None:
     def offline() -> WandbLogger:
         return WandbLogger(save_dir=folder, offline=True, mode="offline", project="test")
 
+    def online() -> WandbLogger:
+        settings = wandb.Settings(base_url=server.address, api_key=40 * "0")
+        return WandbLogger(save_dir=folder, project="test", mode="online", settings=settings)
+
     def csv(name: str) -> CSVLogger:
         return CSVLogger(folder, name, flush_logs_every_n_steps=1)
 
+    server = WandbServer()
     cases: dict[str, tuple[Callable[[], Any], dict[int, Callable[[], Any]]]] = {
         "none": (lambda: False, {}),
         "csv, no room": (lambda: csv("full"), {FAULT: fill}),
@@ -102,15 +126,18 @@ def main(folder: str) -> None:
         "wandb, no room": (offline, {FAULT: fill}),
         "wandb, finished by somebody": (offline, {FAULT: wandb.finish}),
         "wandb, no network": (offline, {FAULT: lambda: setattr(Run, "log", refuse)}),
-        "wandb, service killed": (offline, {FAULT: kill_the_service}),
+        "wandb, server gone": (online, {FAULT: lambda: without_the_server(server)}),
+        "wandb, service killed": (lambda: WandbLogger(), {FAULT: kill_the_service}),  # of that run
     }
     log = Run.log
     for name, (make, acts) in cases.items():
         found = fit(make(), acts)
-        print(json.dumps({"case": name, **found}), flush=True)
         Run.log = log
-        if name.startswith("wandb") and "killed" not in name:
+        if name == "wandb, server gone":  # to finish, wandb would try for hours to send
+            found |= {"asked": server.asked, "written": steps_written()}
+        elif name.startswith("wandb") and "killed" not in name:
             wandb.finish()
+        print(json.dumps({"case": name, **found}), flush=True)
     os._exit(0)  # wandb would wait for its service
 
 
