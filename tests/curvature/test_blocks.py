@@ -269,6 +269,19 @@ def test_between_refreshes_the_product_grows_with_the_average_s_trace(name):
     torch.testing.assert_close(flat(block.product(v)), growth * old)
     direction, product = block.precondition(v)
     torch.testing.assert_close(flat(product), flat(block.product(direction)))
+    along, curvature = torch.tensor(3.0), torch.tensor(0.5)
+    block.see_curvature(along, curvature)
+    torch.testing.assert_close(block.curvature(along), curvature, check_dtype=False)
+    block.refresh(BlockDamping(0.2))
+    assert block.growth == 1
+    assert not block.knows_curvature
+
+
+@every_block
+def test_a_block_says_whether_it_can_be_damped_anew(name):
+    block = BLOCKS[name]()
+    block.refresh(BlockDamping(0.2))
+    assert block.redamp(BlockDamping(0.3)) == block.redampable
 
 
 def test_what_was_nothing_at_the_refresh_is_not_said_to_have_grown():

@@ -171,6 +171,32 @@ def test_tiny_damping_keeps_its_digits_on_the_kernel_side():
     assert float((d - expected).norm() / expected.norm()) < 1e-9
 
 
+def test_fold_says_whether_rows_were_finite():
+    block = block_of(randn(7, 14), randn(7), 2.0, [nn.Parameter(randn(14))])
+    rows = block._rows
+    assert block.fold(2.0, 0.9) is True  # nothing was added
+    block.add_rows(torch.full((7, 14), math.inf).double(), randn(7))
+    assert block.fold(2.0, 0.9) is False
+    assert block._rows is rows
+
+
+def test_the_mean_eigenvalue_is_that_of_fewer_rows_after_a_batch_of_more():
+    block = block_of(randn(20, 14), randn(20), 2.0, [nn.Parameter(randn(14))])
+    rows = 3 * randn(7, 14, seed=1)
+    block.add_rows(rows, randn(7))
+    assert block.fold(4.0, 0.5)
+    torch.testing.assert_close(block.mean_eigenvalue(), rows.square().sum() / 4 / 14)
+
+
+def test_rounding_errors_of_the_gradient_are_not_divided_by_a_small_damping():
+    rows, residual = randn(7, 14), randn(7, seed=1)
+    block = block_of(rows.float(), residual.float(), 1.0, [nn.Parameter(torch.zeros(14))])
+    block.refresh(BlockDamping(1e-6, "absolute"))
+    (d,), _ = block.precondition([(rows.T @ residual).float()])
+    expected = rows.T @ torch.linalg.solve(rows @ rows.T + 1e-6 * torch.eye(7).double(), residual)
+    torch.testing.assert_close(d.double(), expected, rtol=0, atol=1e-4 * float(expected.norm()))
+
+
 def test_a_singular_matrix_gets_more_damping_until_it_has_a_factor():
     rows = randn(1, 8).expand(4, 8).contiguous()
     block = block_of(rows, randn(4), 1.0, [nn.Parameter(torch.zeros(8).double())])

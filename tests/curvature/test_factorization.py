@@ -81,6 +81,13 @@ def test_a_group_of_zeros_is_jittered_as_the_largest_is():
     assert last[-1][0] == last[-1][1] > 0
 
 
+def test_each_matrix_of_a_group_is_jittered_by_its_own_size():
+    X = torch.stack([1e-3 * torch.eye(2), 3 * torch.eye(2)]).double()
+    last: list[Tensor] = []
+    factorized(lambda _, added: last.append(added), X, torch.zeros(2, 1, 1).double())
+    assert float(last[-1][1] / last[-1][0]) == pytest.approx(3000)
+
+
 @pytest.mark.parametrize("fails", [0, 1, 2, 4])
 def test_eigenvectors_are_the_same_whatever_it_took(fails, monkeypatch):
     X = torch.randn(2, 5, 5, generator=generator(0)).double()
@@ -92,6 +99,20 @@ def test_eigenvectors_are_the_same_whatever_it_took(fails, monkeypatch):
     assert remedy == min(fails, 2)
     torch.testing.assert_close(found[0], values)
     torch.testing.assert_close(found[1].abs(), vectors.abs())
+
+
+def test_eigenvectors_that_are_no_numbers_are_not_taken(monkeypatch):
+    real, X = torch.linalg.eigh, torch.diag(torch.tensor([1.0, 2.0]))[None]
+
+    def eigh_without_vectors(M: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = real(M)
+        return values, vectors * (torch.nan if M.dtype is torch.float32 else 1.0)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh_without_vectors)
+    found, remedy = eigh(X)
+    assert remedy is Remedy.FLOAT64
+    assert found is not None
+    torch.testing.assert_close(found[1].abs(), torch.eye(2)[None])
 
 
 def test_of_no_numbers_there_are_no_eigenvectors():
