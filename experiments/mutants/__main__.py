@@ -45,7 +45,8 @@ FIRST = {
     "exact": ("tests/curvature/test_exact.py",),
     "eigen": ("tests/curvature/test_eigen.py",),
     "low_rank_factor": ("tests/curvature/test_low_rank.py",),
-    "blocks": ("tests/curvature/test_blocks.py",),  # the others
+    "likelihoods": ("tests/curvature/test_likelihoods.py", "tests/curvature/test_loss_calls.py"),
+    "blocks": ("tests/curvature/test_blocks.py",),  # the others of either
 }
 KEPT = ROOT / "build" / "mutants"
 RESULTS = ROOT / "experiments" / "results" / "mutants.json"

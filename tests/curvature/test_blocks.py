@@ -423,6 +423,7 @@ def test_a_bias_makes_a_wide_matrix_wider_by_zeros_up_to_an_even_width(inputs, c
     assert MatrixLayout(weight).columns == inputs
     padded = layout.matrix([weight, bias], torch.float64, padded=True)
     assert padded.shape == (1, 3, columns)
+    assert layout.matrix([weight, bias], weight.dtype).shape == (1, 3, inputs + 1)
     torch.testing.assert_close(padded[0, :, :inputs], weight)
     torch.testing.assert_close(padded[0, :, inputs], bias)
     assert not padded[0, :, inputs + 1 :].any()
@@ -441,6 +442,57 @@ def test_eigenvalues_that_fail_are_computed_in_double_precision(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigvalsh", fails_in_single)
     M = (randn(6, 6) @ randn(6, 6).T).float()[None]
     torch.testing.assert_close(eigenvalues(M), compute(M.double()).clamp_min(0).float())
+
+
+def test_eigenvalues_that_cannot_be_had_are_no_numbers(monkeypatch):
+    def fails(M):
+        raise torch.linalg.LinAlgError("made to fail")
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", fails)
+    for size in (1, 3):
+        found = eigenvalues(randn(2, size, size))
+        assert found.shape == (2, size)
+        assert found.isnan().all()
+
+
+def test_a_row_that_is_only_looked_up_counts_as_one_of_all_that_were():
+    block = half_diagonal(tied=False)
+    expected = 1 / block.average("looked up v").sum()
+    torch.testing.assert_close(block._rare().squeeze(), expected)
+    assert float(expected) != pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_sampling_damping_never_counts_less_than_one_row(share):
+    weight = nn.Parameter(randn(3, 5))
+    block = KroneckerBlock(weight, None)
+    call = read_map_call(F.linear, (randn(1, 5), weight), {})
+    block.add_map_score(call, randn(1, 3), share)
+    assert block.fold(1.0, 0.0)
+    A, G = torch.ones(1, 5, 5), torch.ones(1, 3, 3)
+    shares = block._damping_shares(A, G, BlockDamping(0.5, sampling=1.0))
+    assert [float(s) for s in shares] == pytest.approx([0.5 + 5, 0.5 + 3])
+
+
+@pytest.mark.parametrize(("size", "rank"), [(128, None), (129, 64), (200, 64)])
+def test_a_factor_is_kept_whole_up_to_twice_its_rank(size, rank):
+    block = kronecker("linear")
+    how = BlockDamping(0.1, share=128 / (3 * float(block.rows)), rank=64)
+    assert block._kept_rank(size, how) == rank
+
+
+def test_groups_of_a_convolution_are_divided_further_with_their_inputs():
+    weight, x = nn.Parameter(randn(4, 2, 2, 2)), randn(5, 4, 3, 4)
+    call = read_map_call(F.conv2d, (x, weight), {"groups": 2})
+    score = randn(*F.conv2d(x, weight, groups=2).shape, seed=1)
+    divided, whole = KroneckerBlock(weight, None, 4), KroneckerBlock(weight, None, 2)
+    for block in (divided, whole):
+        assert block.takes(call)
+        block.add_map_score(call, score, 1.0)
+        assert block.fold(2.0, 0.0)
+    A, of_two = divided.average("inputs"), whole.average("inputs")
+    torch.testing.assert_close(A, of_two.repeat_interleave(2, 0))
+    assert not torch.allclose(A[0], A[2])
 
 
 def test_a_diagonal_does_not_keep_its_matrix():

@@ -7,6 +7,8 @@ import torch
 from torch import distributions
 
 from ngplugin.curvature.likelihoods import Bernoulli, Categorical, Gaussian
+from ngplugin.curvature.likelihoods.distribution_root import DrawnRoot
+from ngplugin.curvature.likelihoods.normal import Normal
 from tests.oracle import FAMILIES, assert_mean_is, generator, output_fisher, randn
 
 NATURAL = {
@@ -150,3 +152,20 @@ def test_other_families_have_no_dispersion(name):
     likelihood = FAMILIES[name](NATURAL[name].unsqueeze(0))
     assert float(likelihood.dispersion(torch.zeros(1), torch.ones(1), "auto")) == 1
     assert float(likelihood.dispersion(torch.zeros(1), torch.ones(1), 5.0)) == 1
+
+
+def test_both_parts_of_a_normal_score_are_of_one_draw():
+    eta = torch.stack([randn(50), randn(50, seed=1).exp()], -1).requires_grad_()
+    score = Normal(eta.detach()).sampled_score(generator(1))
+    mean, v = eta.unbind(-1)
+    y = (mean - score[:, 0] * v).detach()  # of which the first part tells
+    nll = -distributions.Normal(mean, v.sqrt()).log_prob(y)
+    torch.testing.assert_close(score, torch.autograd.grad(nll.sum(), eta)[0])
+
+
+def test_drawn_scores_are_columns_of_a_root():
+    mean, y = randn(6), randn(3, 6, seed=1)
+    root = DrawnRoot([mean], lambda t: (y - t[0]).square() / 2, 3)
+    vector = randn(6, 3, seed=2)
+    (found,) = root(vector)
+    torch.testing.assert_close(found, ((mean - y).mT * vector).sum(1) / 3**0.5)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.likelihoods import read_log_prob
+from ngplugin.curvature.likelihoods.log_prob import _seed
 from tests.oracle import assert_mean_is, generator, observe, randn
 
 N = 3_000
@@ -625,3 +626,8 @@ def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
         measured += kl is not None and 0 < kl < 1
     assert losses[-1] < losses[0] - 0.01
     assert measured == 4
+
+
+def test_no_two_losses_are_drawn_from_the_same_seed():
+    g = generator()
+    assert len({_seed(g) for _ in range(300)}) == 300

@@ -203,6 +203,14 @@ def test_dense_targets_over_many_dimensions_are_read_term_by_term():
     torch.testing.assert_close(call.likelihood().natural[1], z[0, :, 0, 1])
 
 
+def test_many_classes_in_single_precision_add_up_to_one_but_for_rounding():
+    log_p = torch.randn(64, 1000, generator=generator()).log_softmax(1).requires_grad_()
+    assert log_p.logsumexp(1).abs().max() > torch.finfo(log_p.dtype).eps
+    call = read_loss_call(F.kl_div, (log_p, log_p.detach().exp()), {"reduction": "batchmean"})
+    assert call is not None
+    assert call.likelihood().natural.shape == (64, 1000)
+
+
 @pytest.mark.parametrize("function", _READERS, ids=lambda function: function.__name__)
 def test_arguments_have_the_names_the_order_and_the_defaults_of_torch(function):
     wanted, ours = (

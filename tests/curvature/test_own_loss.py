@@ -149,6 +149,27 @@ def half_curved(z):
     return z.clamp_min(0).square().sum()
 
 
+def test_rows_without_a_slope_take_nothing_from_the_others():
+    z = torch.cat([T[:1], T[1:] + 1])
+    curvature = OutputCurvature(lambda o: LOSSES["squared error"](o[0]), [z], generator())
+    torch.testing.assert_close(curvature.decrement(), 2 * (z - T).square().sum())
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_what_is_straight_is_so_on_any_scale(scale):
+    curvature = OutputCurvature(lambda o: scale * pinball(o[0]), [randn(6, 3)], generator())
+    assert curvature.straight == 1
+
+
+@pytest.mark.parametrize("kind", ["propagated", "empirical"])
+def test_the_shares_of_draws_add_up_to_one(kind):
+    z = randn(6, 3, seed=3).requires_grad_() * 1
+    curvature = OutputCurvature(lambda o: LOSSES["student"](o[0]), [z], generator())
+    call = OwnLoss((z,), curvature, True)
+    drawn = [*call.scores(kind, torch.ones(1).double(), 4, generator())]
+    assert [share for _, share in drawn] == [0.25] * 4
+
+
 @pytest.mark.parametrize(
     ("loss", "outputs"),
     [(LOSSES["squared error"], 3), (cross_entropy, 2), (evidential, 3), (half_curved, 3)],
