@@ -631,3 +631,11 @@ def test_training_lowers_the_loss_and_measures_its_steps(name, kind):
 def test_no_two_losses_are_drawn_from_the_same_seed():
     g = generator()
     assert len({_seed(g) for _ in range(300)}) == 300
+
+
+def test_terms_that_share_a_prediction_have_a_root_as_exact_as_one_term_has():
+    mean = torch.zeros(2).double().requires_grad_()
+    call = observed(D.Normal(mean * 1, torch.full_like(mean, 2.0)), randn(5, 2))
+    for (score, *_), share in call.scores("propagated", torch.ones(10).double(), 3, generator()):
+        assert share == pytest.approx(1 / 3)
+        torch.testing.assert_close(score.square(), torch.full((2,), 5 / 4).double())

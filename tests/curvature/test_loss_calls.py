@@ -223,6 +223,13 @@ def test_arguments_have_the_names_the_order_and_the_defaults_of_torch(function):
     assert [name for name in ours if name in wanted] == [*wanted]
 
 
+def test_a_poisson_rate_of_zero_has_the_logarithm_that_torch_gives_it():
+    rate = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    call = read_loss_call(F.poisson_nll_loss, (rate, torch.ones(3)), {"log_input": False})
+    loss = F.poisson_nll_loss(rate, torch.ones(3), log_input=False)
+    torch.testing.assert_close(-call.likelihood().natural.mean(), loss.detach())
+
+
 def test_arguments_may_be_named():
     z, y = randn(3, 2).requires_grad_(), randn(3, 2, seed=1)
     call = read_loss_call(F.mse_loss, (), {"target": y, "input": z, "reduction": "sum"})

@@ -159,6 +159,8 @@ def test_rows_without_a_slope_take_nothing_from_the_others():
 def test_what_is_straight_is_so_on_any_scale(scale):
     curvature = OutputCurvature(lambda o: scale * pinball(o[0]), [randn(6, 3)], generator())
     assert curvature.straight == 1
+    (group,) = curvature.groups()
+    assert (group.values > 0).all()
 
 
 @pytest.mark.parametrize("kind", ["propagated", "empirical"])
