@@ -66,7 +66,7 @@ class WandbServer:
         self._server.shutdown()
         self._server.server_close()
 
-    @property
-    def asked(self) -> list[str]:
-        """Paths, in order."""
-        return list(self._server.asked)  # type: ignore[attr-defined]
+    def was_sent_metrics(self) -> bool:
+        """Or a summary of them."""
+        asked: list[str] = self._server.asked  # type: ignore[attr-defined]
+        return any(path.endswith("/file_stream") for path in asked)
