@@ -84,9 +84,8 @@ trials:
 $(INSTALLED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python %d.%d, but 3.11 or newer is needed; try: make PYTHON=python3.12" % sys.version_info[:2])'
 	@$(PYTHON) -m venv $(VENV) || (echo "No virtual environment could be made; on Debian: apt install python3-venv" >&2; exit 1)
-	@# Python compiles what is imported when it is: a tenth of what is installed here.
-	$(BIN)/python -m pip install --quiet --no-compile --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement requirements-alone.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-alone.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	rm -f $(VENV)/installed-*
 	touch $@
