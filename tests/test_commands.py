@@ -65,7 +65,7 @@ NOT_RUN = {
     ),
     "make cost": ("most of an hour", _COST),
     "NGPLUGIN_FUZZ=2000 .venv/bin/python -m pytest tests/test_fuzz.py": (
-        "most of an hour",
+        "a quarter of an hour",
         "test_it_trains_or_says_in_one_line_what_is_wrong",
     ),
     "make soak": ("most of an hour", "test_a_short_one_ends_through_faults_and_endings"),
