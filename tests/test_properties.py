@@ -250,6 +250,23 @@ class Run:
 @found("convolutional", "smoothed", {"step_size": "quadratic", "kl_radius": None}, HUGE, BAD)
 @found("mlp", "of one's own", {"statistics_every": 1}, GOOD, EMPTY)
 @found("mlp", "normal", {}, Batch(MOST, 1.0, math.nan))  # whose sampler raises
+@found(  # a factor that vanished beside a large one
+    "linear",
+    "of one's own",
+    {
+        "damping": 0.0,
+        "damping_mode": "absolute",
+        "decay": 0.0,
+        "statistics_every": 1,
+        "refresh_every": 1,
+        "overhead": 0.0,
+        "max_factor": 5,
+        "burn_in": 0,
+        "fisher": "sampled",
+    },
+    GOOD,
+    Batch(MOST, 1e4, 0.0, 1e-30),
+)
 @found("mlp", "cross entropy", {"structure": "exact", "step_size": "quadratic"}, BAD, GOOD)
 @given(
     model=st.sampled_from([*MODELS]),

@@ -474,6 +474,20 @@ def test_sampling_damping_never_counts_less_than_one_row(share):
     assert [float(s) for s in shares] == pytest.approx([0.5 + 5, 0.5 + 3])
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("damping", [0.0, 1.0])
+def test_absolute_damping_is_finite_beside_a_factor_that_has_vanished(damping, swapped):
+    weight, x = nn.Parameter(torch.ones(3, 3)), torch.ones(1, 3)
+    block = KroneckerBlock(weight, None)
+    block.add_map_score(read_map_call(F.linear, (x, weight), {}), x, 1.0)
+    assert block.fold(1.0, 0.0)
+    vanished, large = torch.zeros(1, 3, 3), 1e30 * torch.eye(3)[None]
+    factors = (vanished, large) if swapped else (large, vanished)
+    found = torch.cat(block._dampings(*factors, BlockDamping(damping, "absolute")))
+    assert found.isfinite().all()
+    assert (found > 0).all() == (damping > 0)
+
+
 @pytest.mark.parametrize(("size", "rank"), [(128, None), (129, 64), (200, 64)])
 def test_a_factor_is_kept_whole_up_to_twice_its_rank(size, rank):
     block = kronecker("linear")

@@ -117,7 +117,8 @@ class KroneckerProductBlock(AveragedBlock):
         mean_A, mean_G = mean_eigenvalue(A), mean_eigenvalue(G)  # [group, 1, 1]
         tiny = torch.finfo(self._dtype).tiny
         if damping.mode == "absolute":
-            pi = (mean_A.clamp_min(tiny) / mean_G.clamp_min(tiny)).sqrt()
+            # The roots apart, for their quotient is finite whatever they are.
+            pi = mean_A.clamp_min(tiny).sqrt() / mean_G.clamp_min(tiny).sqrt()
             return damping.value**0.5 * pi, damping.value**0.5 / pi
         mean_G = torch.maximum(mean_G, damping.floor / mean_A.clamp_min(tiny))
         shares = self._damping_shares(A, G, damping)
