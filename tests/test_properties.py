@@ -250,6 +250,13 @@ class Run:
 @found("convolutional", "smoothed", {"step_size": "quadratic", "kl_radius": None}, HUGE, BAD)
 @found("mlp", "of one's own", {"statistics_every": 1}, GOOD, EMPTY)
 @found("mlp", "normal", {}, Batch(MOST, 1.0, math.nan))  # whose sampler raises
+@found(  # growth beyond all numbers
+    "recurrent",
+    "cross entropy",
+    {"momentum": 0.0, "refresh_every": 2, "statistics_every": 1, "decay": 0.0},
+    Batch(MOST, 1e-20),
+    GOOD,
+)
 @found(  # a factor that vanished beside a large one
     "linear",
     "of one's own",

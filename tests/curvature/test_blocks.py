@@ -294,6 +294,17 @@ def test_what_was_nothing_at_the_refresh_is_not_said_to_have_grown():
     assert block.growth == 1
 
 
+def test_growth_from_next_to_nothing_is_a_number():
+    block = DiagonalBlock(nn.Parameter(torch.ones(3)))
+    for size in (1e-20, 1.0):
+        block.add_gradient_scores([torch.full((3,), size)], 1.0)
+        assert block.fold(1.0, 0.0)
+        if size < 1:
+            block.refresh(BlockDamping(0.1))
+    assert math.isfinite(block.growth)
+    assert block.growth > 1e30
+
+
 @every_block
 def test_a_statistic_that_is_not_finite_is_dropped(name):
     block = BLOCKS[name]()

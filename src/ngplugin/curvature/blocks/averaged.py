@@ -136,7 +136,8 @@ class AveragedBlock(Block):
         """Scale products with F to what the averages have become since the last refresh."""
         then = self._refreshed_scale
         if then is not None:
-            self._growth = torch.where(then > 0, self.scale(means) / then, 1.0)
+            growth = torch.where(then > 0, self.scale(means) / then, 1.0)
+            self._growth = growth.clamp_max(torch.finfo(growth.dtype).max)  # for it is saved
 
     @property
     def growth(self) -> float | Tensor:
