@@ -1,6 +1,7 @@
 """The quadratic model of the KL, and its measurement, against the divergence written out."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from ngplugin import NaturalGradientOptimizer
 from ngplugin.curvature.objective import ObjectiveWeight
 from ngplugin.kl_measurement import KlMeasurement
-from tests.oracle import FAMILIES, dense_fisher, double, flat, moved, observe, randn
+from tests.oracle import FAMILIES, dense_fisher, double, flat, generator, moved, observe, randn
 
 F = torch.nn.functional
 
@@ -105,6 +106,27 @@ def test_nothing_scored_or_nothing_finite_has_no_weight():
     z = nn.Parameter(torch.tensor([float("nan"), 1.0]))
     with pytest.raises(AssertionError):
         observe([z], lambda: F.mse_loss(z * 1, torch.zeros(2)))
+
+
+def test_a_divergence_that_rounding_made_negative_is_none():
+    loss = SimpleNamespace(
+        weights=torch.ones(4),
+        dispersion=lambda noise_variance: torch.tensor(1.0),
+        nll=lambda: torch.tensor(-1e-9),
+    )
+    assert ObjectiveWeight.of([loss], "auto") == ObjectiveWeight(4.0, 4.0, 4.0, 0.0)
+
+
+def test_a_prediction_that_is_its_target_but_for_rounding_trains_on():
+    z = nn.Parameter(torch.randn(64, 3, generator=generator(3)) * 1e-4)
+    optimizer = NaturalGradientOptimizer([z])
+    for _ in range(4):
+        with optimizer.observe():
+            loss = F.kl_div(z.log_softmax(1), z.detach().softmax(1), reduction="batchmean")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert z.isfinite().all()
 
 
 def test_a_squared_error_of_exactly_zero_has_a_finite_weight_in_nats():

@@ -250,6 +250,7 @@ class Run:
 @found("convolutional", "smoothed", {"step_size": "quadratic", "kl_radius": None}, HUGE, BAD)
 @found("mlp", "of one's own", {"statistics_every": 1}, GOOD, EMPTY)
 @found("mlp", "normal", {}, Batch(MOST, 1.0, math.nan))  # whose sampler raises
+@found("linear", "kl", {}, Batch(MOST, 1e-4), GOOD)  # a divergence below zero by rounding
 @found(  # growth beyond all numbers
     "recurrent",
     "cross entropy",

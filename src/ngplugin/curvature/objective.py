@@ -59,4 +59,5 @@ class ObjectiveWeight:
             return None
         # Squared error that is exactly zero has no estimated variance and no step either.
         nats = max(nats, torch.finfo(torch.float32).tiny)
-        return ObjectiveWeight(total, nats, square, nll / nats)
+        # No divergence is negative, but what rounding leaves of one that has vanished.
+        return ObjectiveWeight(total, nats, square, max(nll, 0.0) / nats)
