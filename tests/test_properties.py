@@ -251,6 +251,9 @@ class Run:
 @found("mlp", "of one's own", {"statistics_every": 1}, GOOD, EMPTY)
 @found("mlp", "normal", {}, Batch(MOST, 1.0, math.nan))  # whose sampler raises
 @found("linear", "kl", {}, Batch(MOST, 1e-4), GOOD)  # a divergence below zero by rounding
+@found(  # an average of no row at all
+    "linear", "cross entropy", {"decay": 0.0, "structure": "eigen"}, GOOD, Batch(MOST, 1e15)
+)
 @found(  # growth beyond all numbers
     "recurrent",
     "cross entropy",

@@ -145,7 +145,9 @@ class EigenBlock(KroneckerBlock):
             + refreshed["absolute"]
         )
         seen = self.average("rows") > 0
-        if not seen.all():  # a group that no known map has used yet is scaled as the others are
+        if (
+            seen.any() and not seen.all()
+        ):  # a group that no known map has used yet is scaled as the others are
             D = torch.where(seen, D, mean[seen].mean())
         return {"M": M, "damping": D}
 
