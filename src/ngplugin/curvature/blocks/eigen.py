@@ -145,9 +145,8 @@ class EigenBlock(KroneckerBlock):
             + refreshed["absolute"]
         )
         seen = self.average("rows") > 0
-        if (
-            seen.any() and not seen.all()
-        ):  # a group that no known map has used yet is scaled as the others are
+        # A group that no known map has used yet is scaled as the others are, if there are any.
+        if seen.any() and not seen.all():
             D = torch.where(seen, D, mean[seen].mean())
         return {"M": M, "damping": D}
 
